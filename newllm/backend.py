@@ -1,0 +1,151 @@
+"""Which implementation an operator runs, and what this installation and machine offer.
+
+The only module of newllm that asks about devices or installed packages. An explicit ``backend=``
+wins over :func:`use_backend`, which wins over the automatic choice. A named backend never falls back.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Backend = Literal["reference", "fused"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+# Operator -> the device types for which it has a fused implementation.
+FUSED: Mapping[str, frozenset[str]] = {
+    "memory_update": frozenset(),
+    "memory_retrieve": frozenset(),
+    "memory_scan": frozenset(),
+    "window_attention": frozenset(),
+    "infini_attention": frozenset(),
+    "infini_decode": frozenset(),
+    "context_sweep": frozenset(),
+}
+
+# A plain global: Dynamo guards it, which it can do neither for a ContextVar nor for a cached function.
+_chosen: Backend | None = None
+
+
+def resolve(op: str, device: torch.device, backend: str | None = None) -> Backend:
+    """The backend that operator ``op`` takes on ``device``; traceable by ``torch.compile(fullgraph=True)``.
+
+    ``backend`` is the operator's own argument; ``None`` leaves the choice to :func:`use_backend` and,
+    without one, takes the fused implementation where there is one.
+
+    Raises ValueError for an unknown operator or backend, RuntimeError when "fused" is asked for, here
+    or through :func:`use_backend`, and ``op`` has no fused implementation for ``device``.
+    """
+    if op not in FUSED:
+        raise ValueError(f"op must be one of {', '.join(FUSED)}; got {op!r}")
+    named = _chosen if backend is None else _checked(backend)
+    available = device.type in FUSED[op]
+    if named == "fused" and not available:
+        raise RuntimeError(f"backend 'fused' cannot run: {_why_not_fused(op, device)}")
+    if named is not None:
+        return named
+    return "fused" if available else "reference"
+
+
+class use_backend:
+    """Choose the backend of every operator call that names none.
+
+    ``use_backend("reference")`` holds until the next choice; ``with use_backend("reference"):`` until
+    the end of the block; ``use_backend(None)`` returns to the automatic choice. The choice is global
+    to the process. Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = None if name is None else _checked(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+class Choice(NamedTuple):
+    """What :func:`explain` says of one operator on one device; ``backend`` is None where a call fails."""
+
+    op: str
+    device: str
+    backend: Backend | None
+    reason: str
+
+
+def explain() -> list[Choice]:
+    """For each operator and each device of this machine, the backend that a call takes, and why."""
+    return [_explain(op, device) for op in FUSED for device in devices()]
+
+
+def devices() -> list[torch.device]:
+    """The devices of this machine, the CPU first."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(cuda))]
+
+
+def build_info() -> dict[str, str]:
+    """Versions, the native extension and the devices, as text: for ``newllm doctor`` and for run records."""
+    from newllm import __version__
+
+    packages = {name: _installed(name) for name in ("triton", "transformers")}
+    return {
+        "newllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **packages,
+        "native": _native(),
+        "devices": ", ".join(_describe(device) for device in devices()),
+    }
+
+
+def _checked(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def _why_not_fused(op: str, device: torch.device) -> str:
+    return f"{op} has no fused implementation for device type {device.type!r}"
+
+
+def _explain(op: str, device: torch.device) -> Choice:
+    available = device.type in FUSED[op]
+    if _chosen is None:
+        reason = f"automatic: {op} has a fused implementation" if available else _why_not_fused(op, device)
+        return Choice(op, str(device), resolve(op, device), reason)
+    if _chosen == "fused" and not available:
+        return Choice(op, str(device), None, f"use_backend('fused'), but {_why_not_fused(op, device)}")
+    return Choice(op, str(device), _chosen, f"use_backend({_chosen!r})")
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _native() -> str:
+    spec = find_spec("newllm._C")
+    if spec is None:
+        return "absent: this installation of newllm was built without a compiled extension"
+    return f"present: {spec.origin}"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{device} ({torch.cuda.get_device_name(device)})"

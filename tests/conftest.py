@@ -1,0 +1,58 @@
+"""What every test shares: no network, one thread, fixed seeds, and memory that is never accidentally zero."""
+
+from __future__ import annotations
+
+import os
+
+# Read when huggingface_hub is first imported, so it has to be set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# One thread: the tensors of tests are small, and sums come out alike whatever the machine.
+torch.set_num_threads(1)
+
+# No deadline, since the first call of an operator may compile; derandomised, so that a red test stays red.
+settings.register_profile("newllm", deadline=None, derandomize=True, database=None)
+settings.load_profile("newllm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` on a machine without a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed that every test starts from."""
+    value = 0
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill uninitialised tensors with NaN (integers: their largest value), unless marked ``no_poison``.
+
+    PyTorch's own switch does this below Python, for ``empty``, ``empty_like``, ``new_empty``,
+    ``empty_strided`` and ``resize_`` alike.
+    """
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

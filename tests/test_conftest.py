@@ -1,0 +1,41 @@
+"""The guards of conftest.py are really on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+
+def uninitialised() -> list[torch.Tensor]:
+    x = torch.zeros(2, 3, dtype=torch.bfloat16)
+    return [torch.empty(3), torch.empty_like(x), x.new_empty(4), torch.empty_strided((2,), (1,))]
+
+
+def test_uninitialised_memory_is_nan() -> None:
+    assert all(x.isnan().all() for x in uninitialised())
+
+
+@given(st.integers(1, 5))
+def test_uninitialised_memory_is_nan_under_hypothesis(n: int) -> None:
+    assert torch.empty(n, dtype=torch.float64).isnan().all()
+
+
+@pytest.mark.no_poison
+def test_marker_switches_the_poison_off() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_hub_is_offline() -> None:
+    import huggingface_hub.constants
+
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_tests_start_from_the_same_seed(seed: int) -> None:
+    drawn = torch.rand(3)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn, torch.rand(3))
