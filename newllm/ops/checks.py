@@ -1,0 +1,181 @@
+"""Checks of the public operators: each message names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm.reference.features import feature_width
+from newllm.types import FeatureMap, InfiniState, MemoryState
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, name: str, got: Any, allowed: str) -> None:
+    """Raise ``ValueError`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {got}")
+
+
+def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    allowed = list(allowed)
+    require(value in allowed, name, repr(value), "one of " + ", ".join(map(repr, allowed)))
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape."""
+    require(tuple(tensor.shape) == expected, name, list(tensor.shape), f"of shape {list(expected)}")
+
+
+def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q ``[B, H, T, K]``, k ``[B, Hkv, T, K]``, v ``[B, Hkv, T, V]``, one float dtype and device."""
+    key_values(k, v)
+    floats("q", q)
+    require(q.ndim == 4, "q", list(q.shape), "of shape [B, H, T, K]")
+    same_place("q", q, k)
+    batch, heads, tokens, width = k.shape
+    shape("q", q, (batch, q.shape[1], tokens, width))
+    require(q.shape[1] % heads == 0, "q's heads", q.shape[1], f"a multiple of the {heads} key/value heads")
+
+
+def key_values(k: Tensor, v: Tensor) -> None:
+    """k ``[B, Hkv, T, K]``, v ``[B, Hkv, T, V]``, one float dtype and device."""
+    floats("k", k)
+    require(k.ndim == 4, "k", list(k.shape), "of shape [B, Hkv, T, K]")
+    require(v.ndim == 4, "v", list(v.shape), "of shape [B, Hkv, T, V]")
+    same_place("v", v, k)
+    shape("v", v, (*k.shape[:3], v.shape[3]))
+    require(k.shape[2] >= 1, "k's tokens", k.shape[2], "at least 1")
+
+
+def floats(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is float16, bfloat16, float32 or float64."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def same_place(name: str, tensor: Tensor, like: Tensor) -> None:
+    """One dtype and device for all of an operator's inputs."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype} like k, got {tensor.dtype}")
+    require(tensor.device == like.device, f"{name}'s device", tensor.device, f"{like.device} like k's")
+
+
+def segmentation(window: int | None, segment: int) -> None:
+    """``1 <= segment <= window``: otherwise tokens would lie neither in the window nor in memory."""
+    require(segment >= 1, "segment", segment, "at least 1")
+    if window is not None:
+        require(window >= 1, "window", window, "at least 1 or None")
+        require(segment <= window, "segment", segment, f"at most window ({window})")
+
+
+def gate_and_beta(beta: Tensor | None, gate: str, heads: int) -> None:
+    """``beta [H]``, or None for a layer without memory."""
+    choice("gate", gate, ("sigmoid", "tanh"))
+    if beta is not None:
+        floats("beta", beta)
+        shape("beta", beta, (heads,))
+
+
+def feature(feature: FeatureMap | None, heads: int) -> None:
+    """elu1 with per-head scale and bias, or dpfp with its order."""
+    if feature is None:
+        return
+    choice("feature.kind", feature.kind, ("elu1", "dpfp"))
+    if feature.kind == "dpfp":
+        require(
+            isinstance(feature.order, int) and feature.order >= 1, "feature.order", feature.order, "1 or more"
+        )
+        require(
+            feature.scale is None and feature.bias is None, "feature.scale and bias", "given", "None for dpfp"
+        )
+        return
+    require(feature.order is None, "feature.order", feature.order, "None for elu1")
+    for name, parameter in (("feature.scale", feature.scale), ("feature.bias", feature.bias)):
+        if parameter is not None:
+            floats(name, parameter)
+            shape(name, parameter, (heads,))
+
+
+def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int) -> None:
+    """cos and sin ``[N, K]`` or ``[B, N, K]``; N covers the new tokens and ``history`` tokens before."""
+    if rope is None:
+        return
+    batch, _, tokens, width = k.shape
+    require(width % 2 == 0, "k's width", width, "even when rope is given")
+    for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
+        require(table.ndim in (2, 3), name, list(table.shape), "of shape [N, K] or [B, N, K]")
+        rows = table.shape[-2]
+        expected = (rows, width) if table.ndim == 2 else (batch, rows, width)
+        shape(name, table, expected)
+        if history:
+            require(
+                rows >= tokens + history, f"{name}'s rows", rows, f"at least {tokens + history} with a state"
+            )
+        else:
+            require(rows == tokens, f"{name}'s rows", rows, f"{tokens}, one per token, without a state")
+
+
+def padding(mask: Tensor | None, batch: int, tokens: int) -> None:
+    """bool ``[B, T]``, True where a token is real."""
+    if mask is not None:
+        boolean("padding_mask", mask, (batch, tokens))
+
+
+def boolean(name: str, mask: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ``TypeError`` unless ``mask`` is bool, ``ValueError`` unless it has the ``expected`` shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool (True = real), got {mask.dtype}")
+    shape(name, mask, expected)
+
+
+def memory_state(state: MemoryState | None, k: Tensor, v: Tensor, features: FeatureMap | None) -> None:
+    """matrix ``[B, Hkv, F, V]``, norm ``[B, Hkv, F]``, count ``[B]``, for the keys and values at hand."""
+    if state is None:
+        return
+    batch, heads, _, width = k.shape
+    memory_shapes(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]))
+    if state.count is not None:
+        shape("state.count", state.count, (batch,))
+
+
+def memory_shapes(matrix: Tensor, norm: Tensor, expected: tuple[int, int, int, int]) -> None:
+    """Shapes and dtype of a memory ``[B, Hkv, F, V]``."""
+    for name, tensor, sizes in (("state.matrix", matrix, expected), ("state.norm", norm, expected[:3])):
+        shape(name, tensor, sizes)
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 (states are never rounded), got {tensor.dtype}")
+
+
+def infini_state(
+    state: InfiniState | None, k: Tensor, v: Tensor, *, ring: int, memory: bool, features: FeatureMap | None
+) -> None:
+    """A state of the same batch, heads, widths and ring as this call."""
+    if state is None:
+        return
+    batch, heads, _, width = k.shape
+    shape("state.keys", state.keys, (batch, heads, ring, width))
+    shape("state.values", state.values, (batch, heads, ring, v.shape[3]))
+    shape("state.position", state.position, (batch,))
+    require(
+        (state.matrix is not None) == memory,
+        "state.matrix",
+        "None" if state.matrix is None else "a tensor",
+        "a tensor when beta is given and None when it is not",
+    )
+    if state.matrix is not None and state.norm is not None:
+        memory_shapes(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]))
+
+
+def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], list[Tensor]]:
+    """Inputs in autocast's dtype, and a context that keeps autocast away from the float32 state."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+    return torch.autocast(device, enabled=False), list(tensors)

@@ -1,0 +1,179 @@
+"""The Infini-attention layer: a sliding window beside an associative memory of whole segments.
+
+Order within a segment: retrieve with the state before it, attend locally, gate, then write. So a token
+never sees its own segment through the memory, and the layer is causal. The memory reads the raw
+projections; the window reads the same projections after RoPE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from newllm.reference.features import feature_map, feature_width
+from newllm.reference.layout import compaction, pad_tokens, ring_append, ring_history, take
+from newllm.reference.memory import Segments, read, scan, state_dtype, write_segments
+from newllm.reference.window import Rope, compact_rope, local_attention
+from newllm.types import FeatureMap, GateKind, InfiniState, MemoryState, Rule
+
+
+def gate_value(beta: Tensor, gate: GateKind) -> Tensor:
+    """g of ``out = A_dot + g (A_mem - A_dot)`` per query head: the paper's sigmoid, or tanh, shut at zero."""
+    return beta.sigmoid() if gate == "sigmoid" else beta.tanh()
+
+
+def empty_state(
+    k: Tensor, v: Tensor, *, ring: int, memory: bool, feature: FeatureMap | None = None
+) -> InfiniState:
+    """State before a stream's first token, for keys ``[B, Hkv, T, K]`` and values ``[B, Hkv, T, V]``."""
+    batch, heads, _, width = k.shape
+    features, dtype = feature_width(feature, width), state_dtype(k.dtype)
+    return InfiniState(
+        matrix=k.new_zeros(batch, heads, features, v.shape[-1], dtype=dtype) if memory else None,
+        norm=k.new_zeros(batch, heads, features, dtype=dtype) if memory else None,
+        keys=k.new_zeros(batch, heads, ring, width),
+        values=v.new_zeros(batch, heads, ring, v.shape[-1]),
+        position=torch.zeros(batch, dtype=torch.int64, device=k.device),
+    )
+
+
+def memory_of(state: InfiniState) -> MemoryState:
+    """The memory of a layer that has one; whole segments need no guard, so no token count."""
+    assert state.matrix is not None
+    assert state.norm is not None
+    return MemoryState(state.matrix, state.norm)
+
+
+def infini_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    *,
+    window: int | None,
+    segment: int,
+    gate: GateKind = "sigmoid",
+    rope: Rope | None = None,
+    state: InfiniState | None = None,
+    rule: Rule = "linear",
+    feature: FeatureMap | None = None,
+    eps: float = 1e-6,
+    bptt_segments: int | None = None,
+    segment_weight: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, InfiniState]:
+    """One layer over T new tokens: q ``[B, H, T, K]`` -> (``[B, H, T, V]``, state after them)."""
+    if padding_mask is None:
+        length = None
+    else:
+        order, rank, length = compaction(padding_mask)
+        q, k, v = (take(x, order) for x in (q, k, v))
+        rope = compact_rope(rope, order)
+    ring = window or segment
+    start = state or empty_state(k, v, ring=ring, memory=beta is not None, feature=feature)
+    position = None if state is None else state.position
+    keys, values = _with_history(k, v, state, ring)
+    out = local_attention(
+        q,
+        keys,
+        values,
+        window=window,
+        segment=segment,
+        rope=rope,
+        position=position,
+        length=length,
+        compute_dtype=compute_dtype,
+    )
+    matrix, norm = start.matrix, start.norm
+    if beta is not None:
+        compute = compute_dtype or state_dtype(q.dtype)
+        past = keys.shape[2] - k.shape[2]
+        segments = _aligned_segments(keys, values, past, position, length, segment, feature, compute)
+        before, (matrix, norm, _) = scan(
+            segments, memory_of(start), rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
+        )
+        recalled = _recall(q.to(compute), before, position, segment, feature, eps)
+        out = mix(out, recalled, beta, gate)
+    if padding_mask is not None:
+        out = take(out, rank).masked_fill(~padding_mask[:, None, :, None], 0)
+    tokens = torch.full_like(start.position, q.shape[2]) if length is None else length
+    ring_keys = ring_append(start.keys, k, start.position, tokens)
+    ring_values = ring_append(start.values, v, start.position, tokens)
+    return out, InfiniState(matrix, norm, ring_keys, ring_values, start.position + tokens)
+
+
+def mix(local: Tensor, recalled: Tensor, beta: Tensor, gate: GateKind) -> Tensor:
+    """``A_dot + g (A_mem - A_dot)`` in A_mem's dtype, returned in A_dot's."""
+    g = gate_value(beta.to(recalled.dtype), gate)[:, None, None]
+    wide = local.to(recalled.dtype)
+    return (wide + g * (recalled - wide)).to(local.dtype)
+
+
+def _with_history(k: Tensor, v: Tensor, state: InfiniState | None, ring: int) -> tuple[Tensor, Tensor]:
+    """Keys and values behind the ``ring - 1`` tokens before them, all that a window can reach."""
+    if state is None:
+        return k, v
+    past_k = ring_history(state.keys, state.position, ring - 1)
+    past_v = ring_history(state.values, state.position, ring - 1)
+    return torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+
+
+def touched_segments(tokens: int, segment: int, streaming: bool) -> int:
+    """Most segments that a call of ``tokens`` tokens touches, the open one of a continued stream included."""
+    return -(-(tokens + (segment - 1 if streaming else 0)) // segment)
+
+
+def _aligned_segments(
+    k: Tensor,
+    v: Tensor,
+    past: int,
+    position: Tensor | None,
+    length: Tensor | None,
+    segment: int,
+    feature: FeatureMap | None,
+    compute: torch.dtype,
+) -> Segments:
+    """Keys and values from the start of each row's open segment on; only completed segments are written."""
+    batch, tokens = k.shape[0], k.shape[2] - past
+    count = touched_segments(tokens, segment, position is not None)
+    phase = torch.zeros(1, dtype=torch.int64, device=k.device) if position is None else position % segment
+    if position is None:
+        k, v = pad_tokens(k, count * segment), pad_tokens(v, count * segment)
+    else:
+        index = past - phase[:, None] + torch.arange(count * segment, device=k.device)
+        index = index.clamp(max=k.shape[2] - 1)
+        k, v = take(k, index), take(v, index)
+    end = phase + (tokens if length is None else length)
+    complete = torch.arange(1, count + 1, device=k.device) * segment <= end[:, None]
+    written = complete[..., None].expand(batch, count, segment)
+    k, v = (x.to(compute).unflatten(2, (count, segment)) for x in (k, v))
+    return write_segments(k, v, written, feature)
+
+
+def _recall(
+    q: Tensor,
+    before: MemoryState,
+    position: Tensor | None,
+    segment: int,
+    feature: FeatureMap | None,
+    eps: float,
+) -> Tensor:
+    """Each query reads the state before its own segment: ``[B, H, T, K] -> [B, H, T, V]``."""
+    batch, heads, tokens, _ = q.shape
+    kv_heads, count = before.norm.shape[1:3]
+    features = feature_map(q, feature)
+    if position is None:
+        features = pad_tokens(features, count * segment)
+    else:
+        phase = (position % segment)[:, None]
+        index = torch.arange(count * segment, device=q.device) - phase
+        features = take(features, index.clamp(0, tokens - 1))
+    grouped = (
+        features.view(batch, kv_heads, -1, count, segment, features.shape[-1]).transpose(2, 3).flatten(3, 4)
+    )
+    out = read(grouped, before.matrix, before.norm, eps)
+    out = out.unflatten(3, (-1, segment)).transpose(2, 3).reshape(batch, heads, count * segment, -1)
+    if position is None:
+        return out[:, :, :tokens]
+    return take(out, phase + torch.arange(tokens, device=q.device))

@@ -1,0 +1,51 @@
+"""Where a row's tokens lie: compaction of padding, the ring of past tokens, segment alignment.
+
+Everything is a gather along the token axis, so that rows of a batch may be at different phases.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index [B, N]`` of ``x [B, H, T, D]`` as ``[B, H, N, D]``."""
+    batch, heads, _, width = x.shape
+    return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
+
+
+def compaction(padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How to move the real tokens of ``padding_mask [B, T]`` to the front of each row, and back.
+
+    Returns ``order [B, T]`` (real tokens first, in order), ``rank [B, T]`` (where token t went; only
+    meaningful for real tokens) and ``length [B]``.
+    """
+    order = padding_mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    rank = (padding_mask.cumsum(1) - 1).clamp(min=0)
+    return order, rank, padding_mask.sum(1)
+
+
+def ring_history(ring: Tensor, position: Tensor, count: int) -> Tensor:
+    """The last ``count`` tokens ``[B, H, count, D]`` of ``ring [B, H, R, D]``, oldest first."""
+    back = torch.arange(-count, 0, device=ring.device)
+    return take(ring, (position[:, None] + back) % ring.shape[2])
+
+
+def ring_append(ring: Tensor, new: Tensor, position: Tensor, length: Tensor) -> Tensor:
+    """The ring after a row's first ``length [B]`` tokens of ``new [B, H, T, D]`` joined it.
+
+    Slot r holds the latest token n with ``n % R == r``; slots that no token has reached keep zeros.
+    """
+    size = ring.shape[2]
+    slot = torch.arange(size, device=ring.device)
+    last = (position + length - 1)[:, None]
+    source = last - (last - slot) % size - position[:, None]
+    fresh = take(new, source.clamp(0, new.shape[2] - 1))
+    return torch.where((source >= 0)[:, None, :, None], fresh, ring)
+
+
+def pad_tokens(x: Tensor, total: int) -> Tensor:
+    """``x [B, H, T, D]`` with zeros behind it up to ``total`` tokens."""
+    missing = total - x.shape[2]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

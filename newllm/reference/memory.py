@@ -1,0 +1,242 @@
+"""The associative memory of Infini-attention (Munkhdalai et al. 2024, arXiv 2404.07143).
+
+    retrieve   A_mem = sigma(Q) M / (sigma(Q) z)                              eq. 3
+    linear     M <- M + sigma(K)^T V,  z <- z + sum_t sigma(K_t)              eq. 4
+    delta      M <- M + sigma(K)^T (V - eta sigma(K) M / (sigma(K) z))        eq. 5, with a guard eta
+    gamma      delta's M;  z <- z + sum_t gamma_t phi(K_t)                    ARMT, arXiv 2407.04841
+
+The guard: a correction drawn from N_prev tokens may not be subtracted N_s > N_prev times in full, or
+the old content is driven past zero and inverted; eta = min(1, N_prev / N_s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from newllm.reference.features import feature_map, feature_width
+from newllm.reference.layout import compaction, pad_tokens, take
+from newllm.types import FeatureMap, MemoryState, Rule
+
+Step = Callable[[MemoryState], MemoryState]
+
+
+class Segments(NamedTuple):
+    """Keys and values cut into segments, zero where no real token stands.
+
+    ``features [B, H, N, S, F]``, ``values [B, H, N, S, V]``, ``tokens [B, N]`` real tokens of each.
+    """
+
+    features: Tensor
+    values: Tensor
+    tokens: Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """States are float32, and float64 under the float64 oracle."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_memory(k: Tensor, v: Tensor, feature: FeatureMap | None = None) -> MemoryState:
+    """The empty memory for keys ``k [B, H, T, K]`` and values ``v [B, H, T, V]``."""
+    batch, heads, _, width = k.shape
+    features = feature_width(feature, width)
+    dtype = state_dtype(k.dtype)
+    return MemoryState(
+        k.new_zeros(batch, heads, features, v.shape[-1], dtype=dtype),
+        k.new_zeros(batch, heads, features, dtype=dtype),
+        torch.zeros(batch, dtype=torch.int64, device=k.device),
+    )
+
+
+def memory_retrieve(
+    q: Tensor,
+    state: MemoryState,
+    *,
+    feature: FeatureMap | None = None,
+    eps: float = 1e-6,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Read ``q [B, H, T, K]`` from ``state``: ``[B, H, T, V]`` in q's dtype, zeros from an empty memory."""
+    compute = compute_dtype or state_dtype(q.dtype)
+    features = feature_map(q.to(compute), feature)
+    grouped = features.unflatten(1, (state.norm.shape[1], -1)).flatten(2, 3)
+    return read(grouped, state.matrix, state.norm, eps).view(*q.shape[:3], -1).to(q.dtype)
+
+
+def read(features: Tensor, matrix: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Eq. 3 for features ``[..., T, F]`` of a memory ``[..., F, V]``, ``[..., F]``."""
+    weight = features @ norm.to(features.dtype)[..., None]
+    return features @ matrix.to(features.dtype) / weight.clamp(min=eps)
+
+
+def memory_update(
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None = None,
+    *,
+    rule: Rule = "linear",
+    feature: FeatureMap | None = None,
+    scale: str = "none",
+    padding_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    compute_dtype: torch.dtype | None = None,
+) -> MemoryState:
+    """Write all tokens of ``k [B, H, T, K]``, ``v [B, H, T, V]`` as one segment.
+
+    ``scale`` divides what is added to both matrix and norm, so that readouts keep their size:
+    ``"1/T"`` by the row's real tokens, ``"1/(B*T)"`` by those of the whole batch.
+    """
+    state = state or empty_memory(k, v, feature)
+    real = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if padding_mask is None else padding_mask
+    segments = _segments(k, v, real, k.shape[2], feature, compute_dtype)
+    tokens = real.sum(1)
+    shares = {"none": None, "1/T": tokens, "1/(B*T)": tokens.sum().expand_as(tokens)}[scale]
+    weight = None if shares is None else (1 / shares.clamp(min=1)).to(state.norm.dtype)[:, None]
+    _, final = scan(segments, state, rule=rule, weight=weight, eps=eps)
+    return final
+
+
+def memory_scan(
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None = None,
+    *,
+    segment: int,
+    rule: Rule = "linear",
+    feature: FeatureMap | None = None,
+    segment_weight: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    bptt_segments: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[MemoryState, MemoryState]:
+    """Write ``k``, ``v`` segment by segment: the states before each ``[B, H, N, ...]``, and the last."""
+    state = state or empty_memory(k, v, feature)
+    real = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool)
+    if padding_mask is not None:
+        order, _, length = compaction(padding_mask)
+        k, v = take(k, order), take(v, order)
+        real = torch.arange(k.shape[2], device=k.device) < length[:, None]
+    segments = _segments(k, v, real, segment, feature, compute_dtype)
+    return scan(segments, state, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments)
+
+
+def _segments(
+    k: Tensor,
+    v: Tensor,
+    real: Tensor,
+    segment: int,
+    feature: FeatureMap | None,
+    compute_dtype: torch.dtype | None,
+) -> Segments:
+    compute = compute_dtype or state_dtype(k.dtype)
+    count = -(-k.shape[2] // segment)
+    k, v = (pad_tokens(x.to(compute), count * segment).unflatten(2, (count, segment)) for x in (k, v))
+    written = pad_tokens(real[:, None, :, None], count * segment)[:, :, :, 0].unflatten(2, (count, segment))
+    return write_segments(k, v, written[:, 0], feature)
+
+
+def write_segments(k: Tensor, v: Tensor, written: Tensor, feature: FeatureMap | None) -> Segments:
+    """Segments of keys ``k [B, H, N, S, K]``, of which those ``written [B, N, S]`` enter the memory."""
+    # The features are masked, not the keys: sigma(0) = 1 would leak padding into the norm.
+    hidden = ~written[:, None, ..., None]
+    features = feature_map(k, feature).masked_fill(hidden, 0)
+    return Segments(features, v.masked_fill(hidden, 0), written.sum(-1))
+
+
+def scan(
+    segments: Segments,
+    state: MemoryState,
+    *,
+    rule: Rule,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    bptt_segments: int | None = None,
+) -> tuple[MemoryState, MemoryState]:
+    """Fold segments into ``state`` from left to right: states before each ``[B, H, N, ...]``, and the last.
+
+    ``weight [B, N]`` scales what a segment adds (linear rule). ``bptt_segments`` is how many segments
+    back gradients flow through the memory: None all, 1 the preceding one, 0 none.
+    """
+    steps = _steps(segments, rule, weight, eps, state.norm.dtype)
+    states = list(accumulate(steps, lambda memory, step: step(memory), initial=state))
+    if bptt_segments is not None:
+        states = [_truncated(states, steps, index, bptt_segments) for index in range(len(states))]
+    before = states[:-1]
+    counts = [s.count for s in before if s.count is not None]
+    stacked = MemoryState(
+        torch.stack([s.matrix for s in before], 2),
+        torch.stack([s.norm for s in before], 2),
+        torch.stack(counts, 1) if counts else None,
+    )
+    return stacked, states[-1]
+
+
+def _truncated(states: list[MemoryState], steps: list[Step], index: int, reach: int) -> MemoryState:
+    """State ``index`` again, with the same values, from a detached state ``reach`` segments before."""
+    start = index - reach
+    if start < 0:
+        return states[index]
+    origin = states[start]
+    memory = MemoryState(origin.matrix.detach(), origin.norm.detach(), origin.count)
+    for step in steps[start:index]:
+        memory = step(memory)
+    return memory
+
+
+def _steps(
+    segments: Segments, rule: Rule, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> list[Step]:
+    """One function per segment that folds it into a memory."""
+    shares = [None] * segments.tokens.shape[1] if weight is None else weight.to(dtype).unbind(1)
+    tokens = segments.tokens.unbind(1)
+    if rule == "linear":
+        matrices = (segments.features.mT @ segments.values).to(dtype)
+        norms = segments.features.sum(-2, dtype=dtype)
+        added = zip(matrices.unbind(2), norms.unbind(2), tokens, shares, strict=True)
+        return [partial(_add, *each) for each in added]
+    written = zip(segments.features.unbind(2), segments.values.unbind(2), tokens, shares, strict=True)
+    return [partial(_correct, *each, rule, eps) for each in written]
+
+
+def _add(
+    matrix: Tensor, norm: Tensor, tokens: Tensor, share: Tensor | None, memory: MemoryState
+) -> MemoryState:
+    """What a segment adds, times the row's ``share [B]``."""
+    if share is not None:
+        matrix, norm = matrix * share[:, None, None, None], norm * share[:, None, None]
+    count = None if memory.count is None else memory.count + tokens
+    return MemoryState(memory.matrix + matrix, memory.norm + norm, count)
+
+
+def _correct(
+    features: Tensor,
+    values: Tensor,
+    tokens: Tensor,
+    share: Tensor | None,
+    rule: Rule,
+    eps: float,
+    memory: MemoryState,
+) -> MemoryState:
+    """Delta rule: write what the memory before this segment does not yet answer (eq. 5, guarded)."""
+    known = read(features, memory.matrix, memory.norm, eps)
+    if memory.count is not None:
+        eta = (memory.count / tokens.clamp(min=1)).clamp(max=1).to(known.dtype)
+        known = known * eta[:, None, None, None]
+    dtype = memory.norm.dtype
+    matrix = (features.mT @ (values - known)).to(dtype)
+    novelty = _novelty(features, memory.norm, eps) if rule == "gamma" else 1.0
+    return _add(matrix, (features * novelty).sum(-2, dtype=dtype), tokens, share, memory)
+
+
+def _novelty(features: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """ARMT's gamma_t: the share of a feature that the norm lacks, kept in [0, 1], not differentiated."""
+    size = features.square().sum(-1, keepdim=True).clamp(min=eps)
+    overlap = features @ norm.to(features.dtype)[..., None] / size
+    return (1 - overlap).clamp(min=0).detach()
