@@ -1,0 +1,45 @@
+"""Texts, tokenizers, cutting and needle tasks. Importing it needs no torch; names load when touched."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from newllm.data.corpora import get as get, list_corpora as list_corpora
+    from newllm.data.packing import ordered_chunks as ordered_chunks, random_blocks as random_blocks
+    from newllm.data.passkey import (
+        PasskeyBatch as PasskeyBatch,
+        PasskeyTask as PasskeyTask,
+        byte_passkey as byte_passkey,
+        text_passkey as text_passkey,
+    )
+    from newllm.data.text import Text as Text, embedded_corpus as embedded_corpus, load_text as load_text
+    from newllm.data.tokenizer import byte_tokenizer as byte_tokenizer, encode as encode
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "PasskeyBatch": "passkey",
+    "PasskeyTask": "passkey",
+    "Text": "text",
+    "byte_passkey": "passkey",
+    "byte_tokenizer": "tokenizer",
+    "embedded_corpus": "text",
+    "encode": "tokenizer",
+    "get": "corpora",
+    "list_corpora": "corpora",
+    "load_text": "text",
+    "ordered_chunks": "packing",
+    "random_blocks": "packing",
+    "text_passkey": "passkey",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
