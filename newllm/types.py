@@ -6,6 +6,7 @@ F feature width (K for ``elu1``, ``2 * K * order`` for ``dpfp``), R ring length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -56,6 +57,16 @@ class InfiniState(NamedTuple):
     keys: Tensor
     values: Tensor
     position: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> InfiniState:
+        """The state with ``function`` applied to each tensor it has."""
+        matrix = None if self.matrix is None else function(self.matrix)
+        norm = None if self.norm is None else function(self.norm)
+        return InfiniState(matrix, norm, function(self.keys), function(self.values), function(self.position))
+
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
 
 
 class ContextParams(NamedTuple):

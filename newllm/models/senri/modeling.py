@@ -1,0 +1,252 @@
+"""Senri: a Llama-type decoder whose layers keep a constant-size state instead of a growing cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from newllm.models.senri.configuration import SenriConfig
+from newllm.modules.cache import InfiniCacheLayer, cache_layer
+from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.infini_attention import InfiniAttention, padding_mask, rope_rows
+from newllm.modules.norm import RMSNorm
+from newllm.modules.rope_config import rotary_from_config
+from newllm.types import InfiniState
+
+
+class SenriBlock(GradientCheckpointingLayer):
+    """Attention and MLP with pre-normalisation; the layer's state comes in and goes out.
+
+    The state is an argument, not a cache: activation checkpointing drops caches but keeps arguments.
+    """
+
+    def __init__(self, config: SenriConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = InfiniAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            window=config.sliding_window,
+            segment=config.segment,
+            memory=layer in (config.memory_layers or ()),
+            gate=config.gate,
+            rule=config.rule,
+            feature=config.feature,
+            feature_scale=config.feature_scale,
+            feature_bias=config.feature_bias,
+            feature_order=config.feature_order,
+            eps=config.memory_eps,
+            detach=config.detach,
+            bptt_segments=config.bptt_segments,
+            rope_theta=None,
+            bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            qk_norm=config.rms_norm_eps if config.qk_norm else None,
+        )
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        padding: Tensor | None,
+        state: InfiniState | None,
+        in_place: bool = False,
+        segment_weight: Tensor | None = None,
+    ) -> tuple[Tensor, InfiniState]:
+        """``hidden_states [B, T, hidden_size]``, bool ``padding [B, T]`` -> the same and the new state."""
+        attended, state = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=rope,
+            attention_mask=padding,
+            state=state,
+            in_place=in_place,
+            segment_weight=segment_weight,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
+
+
+class SenriPreTrainedModel(PreTrainedModel):
+    """Weights, their initialisation, and what transformers may do with them."""
+
+    # Not an annotation: as a string it could not be registered with the Auto classes.
+    config_class = SenriConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SenriBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": SenriBlock}
+    _keep_in_fp32_modules_strict = ["memory_gate", "memory_feature"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MemoryGate):
+            initialization.zeros_(module.weight)
+        elif isinstance(module, MemoryFeature) and module.kind == "elu1":
+            initialization.constant_(module.scale, module.initial[0])
+            initialization.constant_(module.bias, module.initial[1])
+
+
+class SenriModel(SenriPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: SenriConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(SenriBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = rotary_from_config(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_weight: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read ``input_ids [B, T]`` or ``inputs_embeds [B, T, hidden_size]``.
+
+        ``attention_mask`` is padding only, ``[B, >= T]``; its last T columns belong to the new tokens.
+        ``position_ids`` are ignored: positions are relative and padding takes none. A cache that is passed
+        is continued; without one the state starts empty. ``segment_weight [B, ceil(T / segment)]`` scales
+        what each segment adds to the memories.
+
+        Raises ``ValueError`` for a cache of another batch size or model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = hidden_states.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        caches = _layers(past_key_values, len(self.layers))
+        states = [cache.read(len(hidden_states)) for cache in caches] or [None] * len(self.layers)
+        if isinstance(attention_mask, dict):
+            padding = attention_mask["padding"]
+        else:
+            padding = padding_mask(attention_mask, tokens)
+        chunk = self.config.prefill_chunk
+        if segment_weight is not None and tokens > chunk:
+            raise ValueError(f"segment_weight needs at most prefill_chunk ({chunk}) tokens, got {tokens}")
+        outputs = []
+        for start in range(0, tokens, chunk):
+            part = None if padding is None else padding[:, start : start + chunk]
+            out, states = self._read(hidden_states[:, start : start + chunk], part, states, segment_weight)
+            outputs.append(out)
+        for cache, state in zip(caches, states, strict=False):
+            assert state is not None
+            cache.write(state, tokens)
+        hidden_states = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _read(
+        self,
+        hidden_states: Tensor,
+        padding: Tensor | None,
+        states: list[InfiniState | None],
+        segment_weight: Tensor | None,
+    ) -> tuple[Tensor, list[InfiniState | None]]:
+        """All layers over one chunk."""
+        tokens, continued = hidden_states.shape[1], states[0] is not None
+        ring = self.config.sliding_window or self.config.segment
+        rope = self.rotary(rope_rows(tokens, ring, continued), hidden_states)
+        in_place = continued and tokens == 1 and not torch.is_grad_enabled()
+        after: list[InfiniState | None] = []
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states, state = layer(hidden_states, rope, padding, state, in_place, segment_weight)
+            after.append(state)
+        return hidden_states, after
+
+
+def _layers(cache: Cache | None, count: int) -> list[InfiniCacheLayer]:
+    return [] if cache is None else [cache_layer(cache, layer) for layer in range(count)]
+
+
+class SenriForCausalLM(SenriPreTrainedModel, GenerationMixin):
+    """Senri with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SenriConfig) -> None:
+        super().__init__(config)
+        self.model = SenriModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_weight: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T or logits_to_keep, vocab_size]``; arguments as in ``SenriModel.forward``."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_weight=segment_weight,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: SenriConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """The padding of the new tokens, made outside the compiled graph, where its shape grows.
+
+        A single token is never padding here: ``generate`` feeds finished rows pad tokens as real ones.
+        """
+        tokens = inputs_embeds.shape[1]
+        return {"padding": None if tokens == 1 else padding_mask(attention_mask, tokens)}

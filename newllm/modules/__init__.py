@@ -1,0 +1,6 @@
+"""Modules: attention with a memory, and the memory alone."""
+
+from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.infini_attention import InfiniAttention
+
+__all__ = ["InfiniAttention", "MemoryFeature", "MemoryGate"]

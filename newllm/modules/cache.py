@@ -1,0 +1,155 @@
+"""The state of one Infini-attention layer inside an ordinary transformers ``Cache``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from newllm.types import InfiniState
+
+
+class InfiniCacheLayer(CacheLayerMixin):
+    """Holds an ``InfiniState`` of constant size and moves it with every batch operation.
+
+    ``static`` keeps the tensors' addresses, for compiled decoding. Under gradients the state is replaced
+    rather than overwritten, so that backward still finds what forward used.
+    """
+
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, static: bool = False) -> None:
+        super().__init__()
+        self.is_compileable = static
+        self.state: InfiniState | None = None
+        # A tensor when static: a Python number would recompile the graph at every token.
+        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
+
+    def read(self, batch_size: int) -> InfiniState | None:
+        """The state for a batch of ``batch_size`` rows; None before the first token.
+
+        Raises ``ValueError`` for a cache of another batch size.
+        """
+        if self.state is not None and len(self.state.position) != batch_size:
+            raise ValueError(
+                f"past_key_values holds {len(self.state.position)} rows, the input has {batch_size}: "
+                "pass a cache of the same batch size"
+            )
+        return self.state
+
+    def write(self, state: InfiniState, tokens: int) -> None:
+        """Keep ``state``, which is ``tokens`` tokens ahead of the one read."""
+        if not self.is_compileable:
+            self.state = state
+            self.cumulative_length += tokens
+        elif self.state is None:
+            self._allocate(state)
+            self.cumulative_length.add_(tokens)  # type: ignore[union-attr]
+        else:
+            self._overwrite(state)
+            self.cumulative_length.add_(tokens)  # type: ignore[union-attr]
+        self.is_initialized = True
+
+    def _allocate(self, state: InfiniState) -> None:
+        self.state = state.map(lambda tensor: tensor.detach().clone())
+        self.cumulative_length = self.cumulative_length.to(state.position.device)  # type: ignore[union-attr]
+        if not torch.compiler.is_compiling():
+            for tensor in (*self.state, self.cumulative_length):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    def _overwrite(self, state: InfiniState) -> None:
+        assert self.state is not None
+        for old, new in zip(self.state, state, strict=True):
+            # Decoding has already written in place: there the two are one tensor.
+            if old is not None and new is not None and old is not new:
+                old.copy_(new.detach())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are only asked about the new tokens: which of them are padding."""
+        return query_length, self.get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length  # type: ignore[return-value] # a tensor when static, as in transformers
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first token."""
+        return -1 if self.state is None else len(self.state.position)
+
+    def reset(self) -> None:
+        """Forget everything; a static layer keeps its addresses."""
+        if not self.is_compileable:
+            self.state, self.cumulative_length, self.is_initialized = None, 0, False
+            return
+        for tensor in (*(self.state or ()), self.cumulative_length):
+            if isinstance(tensor, Tensor):
+                tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams take their memory along."""
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._each(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        """States are small and stay where they are."""
+
+    def prefetch(self) -> None:
+        """States are small and stay where they are."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """A memory cannot forget its last tokens: raises ``RuntimeError`` unless there are none to remove."""
+        if tokens_to_remove != 0:
+            raise RuntimeError("a recurrent memory cannot be cropped: keep a snapshot and restore it")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the operator returns the first state."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Not a key/value cache: raises ``RuntimeError``."""
+        raise RuntimeError(
+            "this cache belongs to newllm's InfiniAttention; other attention cannot append to it"
+        )
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = self.state.map(move)
+
+
+def cache_layer(cache: Cache, index: int) -> InfiniCacheLayer:
+    """Layer ``index`` of ``cache``, put there in place of a fresh key/value layer.
+
+    Raises ``ValueError`` for a cache that another kind of attention has written to.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(InfiniCacheLayer())
+    layer = cache.layers[index]
+    if not isinstance(layer, InfiniCacheLayer):
+        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+            raise ValueError(
+                f"past_key_values already holds {type(layer).__name__} content of another model in layer "
+                f"{index}: pass a fresh cache"
+            )
+        layer = cache.layers[index] = InfiniCacheLayer(static=isinstance(layer, StaticLayer))
+    return layer

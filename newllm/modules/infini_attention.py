@@ -1,0 +1,243 @@
+"""Infini-attention as a module: on its own, or in place of a Llama-type attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from newllm import ops
+from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.norm import RMSNorm
+from newllm.modules.rotary import Rotary
+from newllm.types import Detach, GateKind, InfiniState, Rule
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+class InfiniAttention(nn.Module):
+    """Grouped-query sliding-window attention beside an associative memory (arXiv 2404.07143).
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_heads: query heads, H. num_kv_heads: key/value heads, Hkv (None: H). head_dim: K = V
+            (None: ``hidden_size // num_heads``).
+        window: keys a query sees, its own included; None attends within segments.
+        segment: tokens folded into the memory at once (None: ``window``); at most ``window``.
+        memory: False leaves a plain sliding window.
+        gate, rule, eps, detach, bptt_segments: see ``newllm.ops.infini_attention``.
+        feature: ``elu1`` with initial ``feature_scale`` and ``feature_bias``, or ``dpfp`` with
+            ``feature_order``.
+        rope_theta: base of this module's own rotary tables; None leaves position embedding to the
+            ``position_embeddings`` argument of ``forward``.
+        bias, out_bias: biases of the q, k, v and of the output projection.
+        qk_norm: eps of RMSNorms of q and k heads (Qwen3); None has none.
+
+    Raises:
+        ValueError: for head counts that do not divide, or ``segment > window``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        window: int | None,
+        segment: int | None = None,
+        memory: bool = True,
+        gate: GateKind = "sigmoid",
+        rule: Rule = "linear",
+        feature: Literal["elu1", "dpfp"] = "elu1",
+        feature_scale: float = 4.0,
+        feature_bias: float = -4.0,
+        feature_order: int = 1,
+        eps: float = 1e-6,
+        detach: Detach = "none",
+        bptt_segments: int | None = None,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}"
+            )
+        segment = segment or window
+        if segment is None:
+            raise ValueError("segment must be given when window is None, got None")
+        if window is not None and segment > window:
+            raise ValueError(f"segment must be at most window ({window}), got {segment}")
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.window, self.segment = window, segment
+        self.rule, self.eps = rule, eps
+        self.detach, self.bptt_segments = detach, bptt_segments
+        self.layer_idx: int | None = None
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=out_bias)
+        self.q_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
+        self.k_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
+        self.rotary = None if rope_theta is None else Rotary.from_theta(self.head_dim, rope_theta)
+        self.memory_gate = MemoryGate(num_heads, gate) if memory else None
+        self.memory_feature = (
+            MemoryFeature(num_kv_heads, feature, feature_scale, feature_bias, feature_order)
+            if memory
+            else None
+        )
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.Module,
+        *,
+        window: int | None,
+        segment: int | None = None,
+        memory: bool = True,
+        gate: GateKind = "tanh",
+        **options: Any,
+    ) -> InfiniAttention:
+        """Take the place of a Llama-type attention of transformers (Llama, Mistral, Qwen2, Qwen3).
+
+        The projections are shared, not copied; the ``tanh`` gate starts shut, so that the result is the
+        original attention within the window. ``options`` are those of the constructor.
+
+        Raises ``ValueError`` for rotary embeddings whose frequencies depend on length.
+        """
+        from newllm.modules.rope_config import rotary_from_config
+
+        config: Any = attention.config
+        norm: Any = getattr(attention, "q_norm", None)
+        module = cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,  # type: ignore[arg-type]
+            window=window,
+            segment=segment,
+            memory=memory,
+            gate=gate,
+            rope_theta=None,
+            qk_norm=None if norm is None else norm.variance_epsilon,
+            **options,
+        )
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            setattr(module, name, getattr(attention, name, None))
+        module.rotary = rotary_from_config(config)
+        module.layer_idx = attention.layer_idx  # type: ignore[assignment]
+        weight = module.q_proj.weight
+        return module.to(weight.device).train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        state: InfiniState | None = None,
+        in_place: bool = False,
+        segment_weight: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, InfiniState]:
+        """Attend over ``hidden_states [B, T, hidden_size]``.
+
+        Args:
+            position_embeddings: (cos, sin) as the operator's ``rope``; unused when the module has rotary
+                tables of its own.
+            attention_mask: padding as ``[B, >= T]`` (its last T columns), True or 1 = real; or the causal
+                mask ``[B, 1, T, >= T]`` of a transformers model, whose diagonal says the same.
+            past_key_values: a transformers cache whose layer ``layer_idx`` keeps the state.
+            state: the stream so far, instead of ``past_key_values``.
+            in_place: write a single new token into ``state`` itself; inference only.
+            segment_weight: see ``newllm.ops.infini_attention``.
+
+        Returns:
+            Output ``[B, T, hidden_size]`` and the state after the tokens.
+        """
+        batch, tokens = hidden_states.shape[:2]
+        layer = None
+        if past_key_values is not None:
+            from newllm.modules.cache import cache_layer
+
+            if self.layer_idx is None:
+                raise ValueError("past_key_values needs a module with a layer_idx; got layer_idx None")
+            layer = cache_layer(past_key_values, self.layer_idx)
+            state = layer.read(batch)
+            in_place = tokens == 1 and state is not None and not torch.is_grad_enabled()
+        q, k, v = self._project(hidden_states)
+        options: dict[str, Any] = {
+            "window": self.window,
+            "segment": self.segment,
+            "rope": self._rope(position_embeddings, tokens, state, q),
+            "rule": self.rule,
+            "eps": self.eps,
+        }
+        beta = None
+        if self.memory_gate is not None and self.memory_feature is not None:
+            beta = self.memory_gate()
+            options |= {"gate": self.memory_gate.kind, "feature": self.memory_feature()}
+        padding = padding_mask(attention_mask, tokens)
+        if in_place and state is not None:
+            active = None if padding is None else padding[:, 0]
+            out = ops.infini_decode(q, k, v, beta, state, active=active, **options)
+        else:
+            out, state = ops.infini_attention(
+                q,
+                k,
+                v,
+                beta,
+                state=state,
+                detach=self.detach,
+                bptt_segments=self.bptt_segments,
+                segment_weight=segment_weight if beta is not None else None,
+                padding_mask=padding,
+                **options,
+            )
+        if layer is not None:
+            layer.write(state, tokens)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _rope(
+        self, given: tuple[Tensor, Tensor] | None, tokens: int, state: InfiniState | None, like: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.rotary is None:
+            return given
+        return self.rotary(rope_rows(tokens, self.window or self.segment, state is not None), like)
+
+
+def rope_rows(tokens: int, ring: int, continued: bool) -> int:
+    """Rows of the rotary table: the new tokens and, in a continued stream, all a window can reach."""
+    return tokens + ring - 1 if continued else tokens
+
+
+def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the last ``tokens`` tokens are real, bool ``[B, T]``, from any mask of transformers.
+
+    None when all are (not asked in compiled code, nor of a single token, where it costs more than it saves).
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 4:
+        own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        real = own if own.dtype == torch.bool else own == 0
+    else:
+        real = attention_mask[:, -tokens:].bool()
+    if tokens > 1 and not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    return real
