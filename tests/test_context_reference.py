@@ -8,6 +8,18 @@ from functools import partial
 
 import pytest
 import torch
+from context_cases import (
+    Make,
+    Params,
+    assert_same,
+    both,
+    context_params,
+    gated_params,
+    gelu,
+    hidden_token,
+    inputs,
+    loop,
+)
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
@@ -23,18 +35,6 @@ from newllm.reference.context import (
     sequential_sweep,
 )
 from newllm.types import ContextParams, GatedParams
-from tests.context_cases import (
-    Make,
-    Params,
-    assert_same,
-    both,
-    context_params,
-    gated_params,
-    gelu,
-    hidden_token,
-    inputs,
-    loop,
-)
 
 
 @pytest.mark.parametrize(

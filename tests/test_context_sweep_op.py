@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from context_cases import C, E, H, Make, assert_same, context_params, gated_params, inputs, loop
 from torch import Tensor
 
 from newllm.ops.context_sweep import context_sweep
 from newllm.reference.context import block_sweep, jacobi_sweep, sequential_sweep
-from tests.context_cases import C, E, H, Make, assert_same, context_params, gated_params, inputs, loop
 
 cells = pytest.mark.parametrize(("cell", "make"), [("context", context_params), ("gated", gated_params)])
 

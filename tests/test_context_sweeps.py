@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from context_cases import C, Make, assert_same, both, context_params, inputs, loop
 
 from newllm.reference.context import block_sweep, jacobi_sweep, sequential_sweep
 from newllm.types import ContextParams
-from tests.context_cases import C, Make, assert_same, both, context_params, inputs, loop
 
 
 @both

@@ -128,8 +128,8 @@ def jacobi_sweep(
     After k sweeps the first k contexts are exact, and every later one is what the k tokens up to it
     make of a zero context. Ends after ``sweeps`` sweeps (default and maximum T, which is exact), or
     when no context changed by more than ``tol``; ``tol=0`` never looks and so never waits for a device.
-    Gradients are those of the sweeps done: they reach as many tokens back. The rest as
-    ``sequential_sweep``.
+    Gradients are those of the sweeps done: they reach as many tokens back, and take memory for each
+    sweep. The rest as ``sequential_sweep``.
     """
     problem = _problem(x, params, state, compute_dtype)
     contexts = problem.start[:, None].new_zeros(*x.shape[:2], problem.start.shape[-1])
