@@ -22,11 +22,11 @@ def run(code: str) -> str:
 
 def test_import_is_cheap_and_brings_neither_torch_nor_transformers() -> None:
     timed = (
-        "import sys, time; start = time.perf_counter(); import newllm; spent = time.perf_counter() - start;"
+        "import sys, time; start = time.process_time(); import newllm; spent = time.process_time() - start;"
         "print(spent, [name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
-    runs = [run(timed).split(" ", 1) for _ in range(3)]
-    assert [loaded for _, loaded in runs] == ["[]"] * 3
+    runs = [run(timed).split(" ", 1) for _ in range(5)]
+    assert [loaded for _, loaded in runs] == ["[]"] * 5
     assert min(float(spent) for spent, _ in runs) < 0.05
 
 
