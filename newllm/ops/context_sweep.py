@@ -57,7 +57,8 @@ def context_sweep(
         Contexts ``[B, T, C]`` after each token, in x's dtype. The state ``[B, C]`` after the last one, in
         float32 (float64 for float64 inputs); sequential calls that hand it on equal one call over all
         tokens. How it was done. Gradients reach as many tokens (jacobi) or chunks (block) back as there
-        were sweeps, and every sweep takes memory for them. Under autocast x and params are first cast to its dtype.
+        were sweeps, and every sweep takes memory for them. Under autocast x and params are first cast
+        to its dtype.
 
     Raises:
         TypeError: for a wrong dtype or kind of params. ValueError: for a wrong size, device or choice.
