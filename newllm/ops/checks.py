@@ -63,7 +63,7 @@ def same_place(name: str, tensor: Tensor, like: Tensor) -> None:
     """One dtype and device for all of an operator's inputs."""
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like k, got {tensor.dtype}")
-    require(tensor.device == like.device, f"{name}'s device", tensor.device, f"{like.device} like k's")
+    device(name, tensor, like)
 
 
 def segmentation(window: int | None, segment: int) -> None:
@@ -74,15 +74,28 @@ def segmentation(window: int | None, segment: int) -> None:
         require(segment <= window, "segment", segment, f"at most window ({window})")
 
 
-def gate_and_beta(beta: Tensor | None, gate: str, heads: int) -> None:
+def gate_and_beta(beta: Tensor | None, gate: str, q: Tensor) -> None:
     """``beta [H]``, or None for a layer without memory."""
     choice("gate", gate, ("sigmoid", "tanh"))
     if beta is not None:
-        floats("beta", beta)
-        shape("beta", beta, (heads,))
+        parameter("beta", beta, (q.shape[1],), q)
 
 
-def feature(feature: FeatureMap | None, heads: int) -> None:
+def parameter(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+    """A float tensor of the ``expected`` shape, of any float dtype, on the device of ``like``."""
+    floats(name, tensor)
+    shape(name, tensor, expected)
+    device(name, tensor, like)
+
+
+def device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise ``ValueError`` unless ``tensor`` is where the operator's inputs are."""
+    require(
+        tensor.device == like.device, f"device of {name}", tensor.device, f"{like.device}, the inputs' own"
+    )
+
+
+def feature(feature: FeatureMap | None, heads: int, like: Tensor) -> None:
     """elu1 with per-head scale and bias, or dpfp with its order."""
     if feature is None:
         return
@@ -96,42 +109,48 @@ def feature(feature: FeatureMap | None, heads: int) -> None:
         )
         return
     require(feature.order is None, "feature.order", feature.order, "None for elu1")
-    for name, parameter in (("feature.scale", feature.scale), ("feature.bias", feature.bias)):
-        if parameter is not None:
-            floats(name, parameter)
-            shape(name, parameter, (heads,))
+    for name, tensor in (("feature.scale", feature.scale), ("feature.bias", feature.bias)):
+        if tensor is not None:
+            parameter(name, tensor, (heads,), like)
 
 
-def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int) -> None:
-    """cos and sin ``[N, K]`` or ``[B, N, K]``; N covers the new tokens and ``history`` tokens before."""
+def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int | None) -> None:
+    """cos and sin ``[N, K]`` or ``[B, N, K]``, float, for a state that reaches ``history`` tokens back.
+
+    N is the number of tokens without a state (``history=None``), and at least tokens + history with one.
+    """
     if rope is None:
         return
     batch, _, tokens, width = k.shape
     require(width % 2 == 0, "k's width", width, "even when rope is given")
-    for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
-        require(table.ndim in (2, 3), name, list(table.shape), "of shape [N, K] or [B, N, K]")
-        rows = table.shape[-2]
-        expected = (rows, width) if table.ndim == 2 else (batch, rows, width)
-        shape(name, table, expected)
-        if history:
-            require(
-                rows >= tokens + history, f"{name}'s rows", rows, f"at least {tokens + history} with a state"
-            )
-        else:
-            require(rows == tokens, f"{name}'s rows", rows, f"{tokens}, one per token, without a state")
+    cos, sin = rope
+    require(cos.ndim in (2, 3), "rope cos", list(cos.shape), "of shape [N, K] or [B, N, K]")
+    rows = cos.shape[-2]
+    for name, table in (("rope cos", cos), ("rope sin", sin)):
+        parameter(name, table, (rows, width) if cos.ndim == 2 else (batch, rows, width), k)
+    if history is None:
+        require(rows == tokens, "rope's rows", rows, f"{tokens}, one per token, without a state")
+    else:
+        require(rows >= tokens + history, "rope's rows", rows, f"at least {tokens + history} with a state")
 
 
-def padding(mask: Tensor | None, batch: int, tokens: int) -> None:
+def padding(mask: Tensor | None, k: Tensor) -> None:
     """bool ``[B, T]``, True where a token is real."""
     if mask is not None:
-        boolean("padding_mask", mask, (batch, tokens))
+        boolean("padding_mask", mask, (k.shape[0], k.shape[2]), k)
 
 
-def boolean(name: str, mask: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise ``TypeError`` unless ``mask`` is bool, ``ValueError`` unless it has the ``expected`` shape."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool (True = real), got {mask.dtype}")
+def boolean(name: str, mask: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+    """A bool tensor of the ``expected`` shape on the device of ``like``."""
+    typed(name, mask, torch.bool)
     shape(name, mask, expected)
+    device(name, mask, like)
+
+
+def typed(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ``TypeError`` unless ``tensor`` has this ``dtype``."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 def memory_state(state: MemoryState | None, k: Tensor, v: Tensor, features: FeatureMap | None) -> None:
@@ -139,37 +158,52 @@ def memory_state(state: MemoryState | None, k: Tensor, v: Tensor, features: Feat
     if state is None:
         return
     batch, heads, _, width = k.shape
-    memory_shapes(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]))
+    memory(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]), k)
     if state.count is not None:
-        shape("state.count", state.count, (batch,))
+        integers("state.count", state.count, batch, k)
 
 
-def memory_shapes(matrix: Tensor, norm: Tensor, expected: tuple[int, int, int, int]) -> None:
-    """Shapes and dtype of a memory ``[B, Hkv, F, V]``."""
+def memory(matrix: Tensor, norm: Tensor, expected: tuple[int, int, int, int], like: Tensor) -> None:
+    """A memory ``[B, Hkv, F, V]`` in float32 (or float64)."""
     for name, tensor, sizes in (("state.matrix", matrix, expected), ("state.norm", norm, expected[:3])):
         shape(name, tensor, sizes)
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32 (states are never rounded), got {tensor.dtype}")
+        device(name, tensor, like)
+
+
+def integers(name: str, tensor: Tensor, batch: int, like: Tensor) -> None:
+    """int64 ``[B]`` on the device of ``like``."""
+    typed(name, tensor, torch.int64)
+    shape(name, tensor, (batch,))
+    device(name, tensor, like)
 
 
 def infini_state(
-    state: InfiniState | None, k: Tensor, v: Tensor, *, ring: int, memory: bool, features: FeatureMap | None
+    state: InfiniState | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ring: int,
+    has_memory: bool,
+    features: FeatureMap | None,
 ) -> None:
     """A state of the same batch, heads, widths and ring as this call."""
     if state is None:
         return
     batch, heads, _, width = k.shape
-    shape("state.keys", state.keys, (batch, heads, ring, width))
-    shape("state.values", state.values, (batch, heads, ring, v.shape[3]))
-    shape("state.position", state.position, (batch,))
-    require(
-        (state.matrix is not None) == memory,
-        "state.matrix",
-        "None" if state.matrix is None else "a tensor",
-        "a tensor when beta is given and None when it is not",
-    )
+    parameter("state.keys", state.keys, (batch, heads, ring, width), k)
+    parameter("state.values", state.values, (batch, heads, ring, v.shape[3]), k)
+    integers("state.position", state.position, batch, k)
+    for name, tensor in (("state.matrix", state.matrix), ("state.norm", state.norm)):
+        require(
+            (tensor is not None) == has_memory,
+            name,
+            "None" if tensor is None else "a tensor",
+            "a tensor when beta is given and None when it is not",
+        )
     if state.matrix is not None and state.norm is not None:
-        memory_shapes(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]))
+        memory(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]), k)
 
 
 def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], list[Tensor]]:
@@ -177,5 +211,5 @@ def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], li
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+        tensors = tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
     return torch.autocast(device, enabled=False), list(tensors)

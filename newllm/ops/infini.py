@@ -54,7 +54,8 @@ def infini_attention(
         feature: feature map of the memory; None is the paper's ELU + 1.
         eps: least denominator of the retrieval.
         detach: ``segment`` lets gradients reach one segment back through memory, ``full`` none.
-        bptt_segments: the same as a number of segments; excludes ``detach``.
+        bptt_segments: the same as a number of segments; excludes ``detach``. Both count within this
+            call: detach the state between calls to cut there.
         segment_weight: ``[B, N]`` factors of what each segment adds (linear rule); column j is the j-th
             segment that the call touches, N = ceil(T / S), or ceil((T + S - 1) / S) with a state.
         padding_mask: bool ``[B, T]``, True = real. A row's result is that of the row without its
@@ -67,17 +68,15 @@ def infini_attention(
     Raises:
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (q, k, v) = checks.without_autocast(q, k, v)
     _check_layer(q, k, v, beta, state, window, segment, gate, rope, rule, feature)
     checks.choice("detach", detach, REACH)
     if bptt_segments is not None:
         checks.require(detach == "none", "detach", repr(detach), "'none' when bptt_segments is given")
         checks.require(bptt_segments >= 0, "bptt_segments", bptt_segments, "0 or more")
-    checks.padding(padding_mask, k.shape[0], k.shape[2])
-    weights(
-        segment_weight, rule, k.shape[0], reference.touched_segments(k.shape[2], segment, state is not None)
-    )
+    checks.padding(padding_mask, k)
+    weights(segment_weight, rule, reference.touched_segments(k.shape[2], segment, state is not None), k)
     backends.resolve("infini_attention", q.device, backend)
-    context, (q, k, v) = checks.without_autocast(q, k, v)
     with context:
         return reference.infini_attention(
             q,
@@ -131,14 +130,16 @@ def infini_decode(
         RuntimeError: when gradients are enabled and an input requires one.
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (q, k, v) = checks.without_autocast(q, k, v)
     _check_layer(q, k, v, beta, state, window, segment, gate, rope, rule, feature)
     checks.require(q.shape[2] == 1, "q's tokens", q.shape[2], "1")
     if active is not None:
-        checks.boolean("active", active, (k.shape[0],))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, beta, *state)):
+        checks.boolean("active", active, (k.shape[0],), k)
+    learned = () if feature is None else (feature.scale, feature.bias)
+    inputs = (q, k, v, beta, *state, *learned)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")
     backends.resolve("infini_decode", q.device, backend)
-    context, (q, k, v) = checks.without_autocast(q, k, v)
     with context:
         return reference_decode.infini_decode(
             q,
@@ -172,9 +173,9 @@ def _check_layer(
 ) -> None:
     checks.attention_inputs(q, k, v)
     checks.segmentation(window, segment)
-    checks.gate_and_beta(beta, gate, q.shape[1])
+    checks.gate_and_beta(beta, gate, q)
     checks.choice("rule", rule, RULES)
-    checks.feature(feature, k.shape[1])
+    checks.feature(feature, k.shape[1], k)
     ring = window or segment
-    checks.infini_state(state, k, v, ring=ring, memory=beta is not None, features=feature)
-    checks.rope(rope, k, 0 if state is None else ring - 1)
+    checks.infini_state(state, k, v, ring=ring, has_memory=beta is not None, features=feature)
+    checks.rope(rope, k, None if state is None else ring - 1)

@@ -46,14 +46,14 @@ def memory_update(
     Raises:
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (k, v) = checks.without_autocast(k, v)
     checks.key_values(k, v)
     checks.choice("rule", rule, RULES)
     checks.choice("scale", scale, SCALES)
-    checks.feature(feature, k.shape[1])
+    checks.feature(feature, k.shape[1], k)
     checks.memory_state(state, k, v, feature)
-    checks.padding(padding_mask, k.shape[0], k.shape[2])
+    checks.padding(padding_mask, k)
     backends.resolve("memory_update", k.device, backend)
-    context, (k, v) = checks.without_autocast(k, v)
     with context:
         return reference.memory_update(
             k, v, state, rule=rule, feature=feature, scale=scale, padding_mask=padding_mask
@@ -83,6 +83,7 @@ def memory_retrieve(
     Raises:
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (q,) = checks.without_autocast(q)
     checks.floats("q", q)
     checks.require(q.ndim == 4, "q", list(q.shape), "of shape [B, H, T, K]")
     checks.require(
@@ -90,11 +91,10 @@ def memory_retrieve(
     )
     heads = state.matrix.shape[1]
     checks.require(q.shape[1] % heads == 0, "q's heads", q.shape[1], f"a multiple of the memory's {heads}")
-    checks.feature(feature, heads)
+    checks.feature(feature, heads, q)
     features = feature_width(feature, q.shape[3])
-    checks.memory_shapes(state.matrix, state.norm, (q.shape[0], heads, features, state.matrix.shape[3]))
+    checks.memory(state.matrix, state.norm, (q.shape[0], heads, features, state.matrix.shape[3]), q)
     backends.resolve("memory_retrieve", q.device, backend)
-    context, (q,) = checks.without_autocast(q)
     with context:
         return reference.memory_retrieve(q, state, feature=feature, eps=eps)
 
@@ -131,15 +131,15 @@ def memory_scan(
     Raises:
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (k, v) = checks.without_autocast(k, v)
     checks.key_values(k, v)
     checks.segmentation(None, segment)
     checks.choice("rule", rule, RULES)
-    checks.feature(feature, k.shape[1])
+    checks.feature(feature, k.shape[1], k)
     checks.memory_state(state, k, v, feature)
-    checks.padding(padding_mask, k.shape[0], k.shape[2])
-    weights(segment_weight, rule, k.shape[0], -(-k.shape[2] // segment))
+    checks.padding(padding_mask, k)
+    weights(segment_weight, rule, -(-k.shape[2] // segment), k)
     backends.resolve("memory_scan", k.device, backend)
-    context, (k, v) = checks.without_autocast(k, v)
     with context:
         return reference.memory_scan(
             k,
@@ -153,8 +153,8 @@ def memory_scan(
         )
 
 
-def weights(segment_weight: Tensor | None, rule: Rule, batch: int, segments: int) -> None:
+def weights(segment_weight: Tensor | None, rule: Rule, segments: int, k: Tensor) -> None:
     """Check ``segment_weight [B, N]``."""
     if segment_weight is not None:
         checks.require(rule == "linear", "rule", repr(rule), "'linear' when segment_weight is given")
-        checks.shape("segment_weight", segment_weight, (batch, segments))
+        checks.parameter("segment_weight", segment_weight, (k.shape[0], segments), k)

@@ -25,7 +25,8 @@ def window_attention(
     Args:
         q: ``[B, H, T, K]``. k: ``[B, Hkv, T, K]``. v: ``[B, Hkv, T, V]``; H is a multiple of Hkv.
         window: keys a query sees, W; None attends within segments of ``segment`` tokens instead.
-        segment: tokens per segment; needed when ``window`` is None, unused otherwise.
+        segment: tokens per segment; needed when ``window`` is None, otherwise checked (at most
+            ``window``) and without effect.
         rope: (cos, sin) of shape ``[T, K]`` or ``[B, T, K]``, applied to q and k (rotate-half).
         padding_mask: bool ``[B, T]``, True = real; padding takes no window slot and gives zeros.
         backend: ``reference`` or ``fused``; None chooses.
@@ -36,14 +37,14 @@ def window_attention(
     Raises:
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
+    context, (q, k, v) = checks.without_autocast(q, k, v)
     checks.attention_inputs(q, k, v)
     if window is None:
         checks.require(segment is not None, "segment", "None", "given when window is None")
-    checks.segmentation(window, segment or 1)
-    checks.rope(rope, k, 0)
-    checks.padding(padding_mask, k.shape[0], k.shape[2])
+    checks.segmentation(window, 1 if segment is None else segment)
+    checks.rope(rope, k, None)
+    checks.padding(padding_mask, k)
     backends.resolve("window_attention", q.device, backend)
-    context, (q, k, v) = checks.without_autocast(q, k, v)
     with context:
         return reference.window_attention(
             q, k, v, window=window, segment=segment, rope=rope, padding_mask=padding_mask

@@ -97,7 +97,7 @@ def memory_update(
     segments = _segments(k, v, real, k.shape[2], feature, compute_dtype)
     tokens = real.sum(1)
     shares = {"none": None, "1/T": tokens, "1/(B*T)": tokens.sum().expand_as(tokens)}[scale]
-    weight = None if shares is None else (1 / shares.clamp(min=1)).to(state.norm.dtype)[:, None]
+    weight = None if shares is None else shares.clamp(min=1).to(state.norm.dtype).reciprocal()[:, None]
     _, final = scan(segments, state, rule=rule, weight=weight, eps=eps)
     return final
 
@@ -162,12 +162,15 @@ def scan(
     """Fold segments into ``state`` from left to right: states before each ``[B, H, N, ...]``, and the last.
 
     ``weight [B, N]`` scales what a segment adds (linear rule). ``bptt_segments`` is how many segments
-    back gradients flow through the memory: None all, 1 the preceding one, 0 none.
+    back gradients flow through the memory: None all, 1 the preceding one, 0 none. It is counted within
+    a call; what ``state`` itself depends on is the caller's to detach.
     """
     steps = _steps(segments, rule, weight, eps, state.norm.dtype)
     states = list(accumulate(steps, lambda memory, step: step(memory), initial=state))
+    last = states[-1]
     if bptt_segments is not None:
         states = [_truncated(states, steps, index, bptt_segments) for index in range(len(states))]
+        last = _last_written(states, (segments.tokens > 0).sum(1))
     before = states[:-1]
     counts = [s.count for s in before if s.count is not None]
     stacked = MemoryState(
@@ -175,7 +178,19 @@ def scan(
         torch.stack([s.norm for s in before], 2),
         torch.stack(counts, 1) if counts else None,
     )
-    return stacked, states[-1]
+    return stacked, last
+
+
+def _last_written(states: list[MemoryState], written: Tensor) -> MemoryState:
+    """Each row's state after its first ``written [B]`` segments.
+
+    The empty ones behind them change no value, but each would cut a segment off the gradient's reach.
+    """
+    rows = torch.arange(written.shape[0], device=written.device)
+    matrix, norm = (
+        torch.stack(each, 1)[rows, written] for each in ([s.matrix for s in states], [s.norm for s in states])
+    )
+    return MemoryState(matrix, norm, states[-1].count)
 
 
 def _truncated(states: list[MemoryState], steps: list[Step], index: int, reach: int) -> MemoryState:
@@ -225,11 +240,11 @@ def _correct(
     memory: MemoryState,
 ) -> MemoryState:
     """Delta rule: write what the memory before this segment does not yet answer (eq. 5, guarded)."""
+    dtype = memory.norm.dtype
     known = read(features, memory.matrix, memory.norm, eps)
     if memory.count is not None:
-        eta = (memory.count / tokens.clamp(min=1)).clamp(max=1).to(known.dtype)
+        eta = (memory.count.to(dtype) / tokens.clamp(min=1)).clamp(max=1).to(known.dtype)
         known = known * eta[:, None, None, None]
-    dtype = memory.norm.dtype
     matrix = (features.mT @ (values - known)).to(dtype)
     novelty = _novelty(features, memory.norm, eps) if rule == "gamma" else 1.0
     return _add(matrix, (features * novelty).sum(-2, dtype=dtype), tokens, share, memory)
