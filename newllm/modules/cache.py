@@ -15,12 +15,13 @@ from newllm.types import InfiniState
 class InfiniCacheLayer(CacheLayerMixin):
     """Holds an ``InfiniState`` of constant size and moves it with every batch operation.
 
-    ``static`` keeps the tensors' addresses, for compiled decoding. Under gradients the state is replaced
+    ``static`` keeps the tensors' addresses, for compiled decoding. Under gradients any state is replaced
     rather than overwritten, so that backward still finds what forward used.
     """
 
     is_croppable = False
-    is_sliding = False
+    # Neither True nor False: transformers then makes its masks for the model's other layers, if it has any.
+    is_sliding = "neither"  # type: ignore[assignment]
     supports_early_init = False
 
     def __init__(self, static: bool = False) -> None:
@@ -44,15 +45,13 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def write(self, state: InfiniState, tokens: int) -> None:
         """Keep ``state``, which is ``tokens`` tokens ahead of the one read."""
-        if not self.is_compileable:
+        if not self.is_compileable or torch.is_grad_enabled():
             self.state = state
-            self.cumulative_length += tokens
         elif self.state is None:
             self._allocate(state)
-            self.cumulative_length.add_(tokens)  # type: ignore[union-attr]
         else:
             self._overwrite(state)
-            self.cumulative_length.add_(tokens)  # type: ignore[union-attr]
+        self.cumulative_length += tokens
         self.is_initialized = True
 
     def _allocate(self, state: InfiniState) -> None:

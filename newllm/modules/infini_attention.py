@@ -16,6 +16,9 @@ from newllm.types import Detach, GateKind, InfiniState, Rule
 if TYPE_CHECKING:
     from transformers import Cache
 
+# Model types of transformers whose attention this module computes.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
 
 class InfiniAttention(nn.Module):
     """Grouped-query sliding-window attention beside an associative memory (arXiv 2404.07143).
@@ -109,11 +112,19 @@ class InfiniAttention(nn.Module):
         The projections are shared, not copied; the ``tanh`` gate starts shut, so that the result is the
         original attention within the window. ``options`` are those of the constructor.
 
-        Raises ``ValueError`` for rotary embeddings whose frequencies depend on length.
+        Raises ``ValueError`` for another kind of attention, attention dropout, and rotary embeddings whose
+        frequencies depend on length.
         """
         from newllm.modules.rope_config import rotary_from_config
 
-        config: Any = attention.config
+        config: Any = getattr(attention, "config", None)
+        if not hasattr(attention, "q_proj") or getattr(config, "model_type", None) not in FAMILIES:
+            raise ValueError(
+                f"attention must be the self_attn of a {', '.join(FAMILIES)} model, "
+                f"got {type(attention).__name__}"
+            )
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout must be 0, got {config.attention_dropout}")
         norm: Any = getattr(attention, "q_norm", None)
         module = cls(
             config.hidden_size,
@@ -153,7 +164,7 @@ class InfiniAttention(nn.Module):
             position_embeddings: (cos, sin) as the operator's ``rope``; unused when the module has rotary
                 tables of its own.
             attention_mask: padding as ``[B, >= T]`` (its last T columns), True or 1 = real; or the causal
-                mask ``[B, 1, T, >= T]`` of a transformers model, whose diagonal says the same.
+                mask ``[B, 1, T, >= T]`` of a transformers model, where each token's own column says the same.
             past_key_values: a transformers cache whose layer ``layer_idx`` keeps the state.
             state: the stream so far, instead of ``past_key_values``.
             in_place: write a single new token into ``state`` itself; inference only.
@@ -163,14 +174,14 @@ class InfiniAttention(nn.Module):
             Output ``[B, T, hidden_size]`` and the state after the tokens.
         """
         batch, tokens = hidden_states.shape[:2]
-        layer = None
+        layer, seen = None, None
         if past_key_values is not None:
             from newllm.modules.cache import cache_layer
 
             if self.layer_idx is None:
                 raise ValueError("past_key_values needs a module with a layer_idx; got layer_idx None")
             layer = cache_layer(past_key_values, self.layer_idx)
-            state = layer.read(batch)
+            state, seen = layer.read(batch), layer.get_seq_length()
             in_place = tokens == 1 and state is not None and not torch.is_grad_enabled()
         q, k, v = self._project(hidden_states)
         options: dict[str, Any] = {
@@ -184,7 +195,7 @@ class InfiniAttention(nn.Module):
         if self.memory_gate is not None and self.memory_feature is not None:
             beta = self.memory_gate()
             options |= {"gate": self.memory_gate.kind, "feature": self.memory_feature()}
-        padding = padding_mask(attention_mask, tokens)
+        padding = padding_mask(attention_mask, tokens, seen)
         if in_place and state is not None:
             active = None if padding is None else padding[:, 0]
             out = ops.infini_decode(q, k, v, beta, state, active=active, **options)
@@ -226,15 +237,26 @@ def rope_rows(tokens: int, ring: int, continued: bool) -> int:
     return tokens + ring - 1 if continued else tokens
 
 
-def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+def padding_mask(
+    attention_mask: Tensor | None, tokens: int, seen: int | Tensor | None = None
+) -> Tensor | None:
     """Which of the last ``tokens`` tokens are real, bool ``[B, T]``, from any mask of transformers.
 
-    None when all are (not asked in compiled code, nor of a single token, where it costs more than it saves).
+    A causal mask made for other layers of the model has columns for the ``seen`` tokens before, and behind
+    them those that a static cache has reserved; one made for a window has dropped some (None: no columns
+    are reserved). None when all are real (not asked in compiled code, nor of a single token, where it costs
+    more than it saves).
     """
     if attention_mask is None:
         return None
     if attention_mask.ndim == 4:
-        own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        before = attention_mask.shape[-1] - tokens
+        if isinstance(seen, Tensor):
+            first: int | Tensor = seen.clamp(max=before)
+        else:
+            first = before if seen is None else min(seen, before)
+        row = torch.arange(tokens, device=attention_mask.device)
+        own = attention_mask[:, 0, row, first + row]
         real = own if own.dtype == torch.bool else own == 0
     else:
         real = attention_mask[:, -tokens:].bool()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) of the last axis, in float32, rounded before the weight as Llama does."""
+    """RMSNorm (arXiv 1910.07467) of the last axis, in at least float32, rounded before the weight (Llama)."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -16,6 +16,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` in x's dtype."""
-        wide = x.to(torch.float32)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)

@@ -8,21 +8,22 @@ import torch
 
 from newllm.modules.rotary import Rotary
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def rotary_from_config(config: Any) -> Rotary:
     """The rotary tables that a Llama-type ``config`` describes.
 
-    Raises ``ValueError`` for types whose frequencies depend on the length of the text: a stream has none.
+    Raises ``ValueError`` for types other than ``KINDS``: the frequencies of ``dynamic`` and ``longrope``
+    depend on the length of the text, and a stream has none.
     """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     kind = config.rope_parameters["rope_type"]
-    if kind in LENGTH_DEPENDENT:
+    if kind not in KINDS:
         raise ValueError(
-            f"rope_type must not depend on the text's length, got {kind!r}: "
-            "a constant-memory stream has no length (default, linear, llama3 and yarn work)"
+            f"rope_type must be one of {', '.join(KINDS)}, whose frequencies do not depend on the text's "
+            f"length, got {kind!r}"
         )
     # Not on the meta device, where from_pretrained builds its models: the numbers are needed.
     with torch.device("cpu"):

@@ -28,8 +28,9 @@ class Rotary:
 
     def __call__(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) ``[rows, width]`` in the dtype and on the device of ``like``."""
-        frequencies = torch.tensor(self.inverse_frequencies, dtype=torch.float32, device=like.device)
-        angles = torch.arange(rows, device=like.device).to(torch.float32)[:, None] * frequencies
+        wide = torch.promote_types(like.dtype, torch.float32)
+        frequencies = torch.tensor(self.inverse_frequencies, dtype=wide, device=like.device)
+        angles = torch.arange(rows, device=like.device).to(wide)[:, None] * frequencies
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         return cos.to(like.dtype), sin.to(like.dtype)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from newllm.modules.infini_attention import FAMILIES
+
 # Fields of other families that Senri decides for itself.
 _REPLACED = (
     "model_type",
@@ -98,9 +100,8 @@ class SenriConfig(LlamaConfig):
 
         Raises ``ValueError`` for another family.
         """
-        families = ("llama", "mistral", "qwen2", "qwen3")
-        if base.model_type not in families:
-            raise ValueError(f"model_type must be one of {', '.join(families)}, got {base.model_type!r}")
+        if base.model_type not in FAMILIES:
+            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {base.model_type!r}")
         fields = {name: value for name, value in base.to_dict().items() if name not in _REPLACED}
         qwen2 = base.model_type == "qwen2"
         bias = qwen2 or bool(fields.get("attention_bias", False))

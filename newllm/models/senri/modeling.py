@@ -185,7 +185,16 @@ class SenriModel(SenriPreTrainedModel):
 
 
 def _layers(cache: Cache | None, count: int) -> list[InfiniCacheLayer]:
-    return [] if cache is None else [cache_layer(cache, layer) for layer in range(count)]
+    if cache is None:
+        return []
+    layers = [cache_layer(cache, layer) for layer in range(count)]
+    filled = sum(layer.state is not None for layer in layers)
+    if len(cache.layers) > count or filled not in (0, count):
+        raise ValueError(
+            f"past_key_values must be empty or of a model of {count} layers, got {len(cache.layers)} layers, "
+            f"{filled} of the first {count} filled: pass a fresh cache"
+        )
+    return layers
 
 
 class SenriForCausalLM(SenriPreTrainedModel, GenerationMixin):
@@ -244,9 +253,5 @@ class SenriForCausalLM(SenriPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
-        """The padding of the new tokens, made outside the compiled graph, where its shape grows.
-
-        A single token is never padding here: ``generate`` feeds finished rows pad tokens as real ones.
-        """
-        tokens = inputs_embeds.shape[1]
-        return {"padding": None if tokens == 1 else padding_mask(attention_mask, tokens)}
+        """The padding of the new tokens, made outside the compiled graph, where its shape grows."""
+        return {"padding": padding_mask(attention_mask, inputs_embeds.shape[1])}
