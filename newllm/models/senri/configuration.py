@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from newllm.modules.infini_attention import FAMILIES
+from newllm.types import Detach, GateKind, Rule
 
+FeatureKind = Literal["elu1", "dpfp"]
+_CHOICES = {"gate": GateKind, "rule": Rule, "feature": FeatureKind, "detach": Detach}
 # Fields of other families that Senri decides for itself.
 _REPLACED = (
     "model_type",
@@ -41,7 +44,8 @@ class SenriConfig(LlamaConfig):
         attention_out_bias: bias of the output projection. qk_norm: RMSNorms of q and k heads (Qwen3).
 
     Raises:
-        ValueError: for a segment above the window, or layers that do not exist.
+        ValueError: for a segment above the window, layers that do not exist, heads that do not divide, or
+            an unknown choice.
     """
 
     model_type = "senri"
@@ -50,14 +54,14 @@ class SenriConfig(LlamaConfig):
     segment: int | None = None
     memory_layers: list[int] | None = None
     layer_types: list[str] | None = None
-    gate: Literal["sigmoid", "tanh"] = "sigmoid"
-    rule: Literal["linear", "delta", "gamma"] = "linear"
-    feature: Literal["elu1", "dpfp"] = "elu1"
+    gate: GateKind = "sigmoid"
+    rule: Rule = "linear"
+    feature: FeatureKind = "elu1"
     feature_scale: float = 4.0
     feature_bias: float = -4.0
     feature_order: int = 1
     memory_eps: float = 1e-6
-    detach: Literal["none", "segment", "full"] = "none"
+    detach: Detach = "none"
     bptt_segments: int | None = None
     prefill_chunk: int = 32768
     attention_out_bias: bool = False
@@ -70,10 +74,10 @@ class SenriConfig(LlamaConfig):
             self.memory_layers = default_memory_layers(self.num_hidden_layers)
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         self.layer_types = [kind] * self.num_hidden_layers
-        self._check_memory()
+        self._check()
         super().__post_init__(**kwargs)
 
-    def _check_memory(self) -> None:
+    def _check(self) -> None:
         if self.segment is None:
             raise ValueError("segment must be given when sliding_window is None, got None")
         if self.sliding_window is not None and not 1 <= self.segment <= self.sliding_window:
@@ -83,16 +87,23 @@ class SenriConfig(LlamaConfig):
         last = self.num_hidden_layers - 1
         if any(not 0 <= layer <= last for layer in self.memory_layers or ()):
             raise ValueError(f"memory_layers must lie between 0 and {last}, got {self.memory_layers}")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0, got {self.attention_dropout}")
-
-    def validate_architecture(self) -> None:
-        """Heads must divide; their width is free when ``head_dim`` says so."""
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}), got {self.num_attention_heads}"
             )
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
+                )
+
+    def validate_architecture(self) -> None:
+        """Nothing to add: heads need not fill the hidden size, as they must in Llama."""
 
     @classmethod
     def from_base(cls, base: Any, **overrides: Any) -> SenriConfig:
