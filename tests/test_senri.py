@@ -16,11 +16,9 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.models.senri.configuration import default_memory_layers
 from newllm.testing import assert_rounding, largest
-from tests.tiny_models import PAD, SIZES, greedy, left_padded, random_tokens, tiny_base, tiny_senri
+from tests.tiny_models import ADDITIONS, PAD, SIZES, greedy, left_padded, random_tokens, tiny_base, tiny_senri
 
 LAYERS, WINDOW = 3, 8
-# Sums on the longest path through the model: each layer's projections, window, features and MLP.
-ADDITIONS = LAYERS * (4 * SIZES["hidden_size"] + WINDOW + 2 * SIZES["intermediate_size"])
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:

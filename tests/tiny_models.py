@@ -38,6 +38,8 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 WIDE_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+# Sums on the longest path through a model: each layer's projections, window of 8, and MLP.
+ADDITIONS = SIZES["num_hidden_layers"] * (4 * SIZES["hidden_size"] + 8 + 2 * SIZES["intermediate_size"])
 # SmolLM is a Llama with a tied head; the others differ in biases, norms of heads, and widths.
 BASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
