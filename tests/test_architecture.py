@@ -19,7 +19,7 @@ LAYERS = (
     {"backend", "reference"},
     {"ops"},
     {"modules"},
-    {"models", "data", "testing"},
+    {"models", "data", "runs", "testing"},
     {"training", "evaluation", "distributed"},
     {"cli"},
 )

@@ -2,5 +2,6 @@
 
 from newllm.modules.gate import MemoryFeature, MemoryGate
 from newllm.modules.infini_attention import InfiniAttention
+from newllm.modules.tensor_memory import TensorMemory
 
-__all__ = ["InfiniAttention", "MemoryFeature", "MemoryGate"]
+__all__ = ["InfiniAttention", "MemoryFeature", "MemoryGate", "TensorMemory"]

@@ -1,0 +1,105 @@
+"""From an ordinary Llama-family checkpoint to Senri."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from newllm.models.files import load_model
+from newllm.models.senri import SenriConfig, SenriForCausalLM
+
+
+def convert(
+    model_or_path: PreTrainedModel | str | Path,
+    *,
+    window: int = 1024,
+    segment: int | None = None,
+    memory_layers: list[int] | None = None,
+    dtype: torch.dtype | str = "auto",
+    **options: Any,
+) -> SenriForCausalLM:
+    """Give a Llama, SmolLM, Mistral, Qwen2 or Qwen3 model a sliding window and a memory.
+
+    The result is the base model bit for bit on texts within ``window``: its gates are exactly shut, and
+    learn from the first step.
+
+    Args:
+        model_or_path: a model, a folder, a hub id, or a GGUF file (or a folder that holds one).
+        window: keys a query sees. segment: tokens folded into the memory at once (None: ``window``).
+        memory_layers: layers with a memory (None: see ``SenriConfig``).
+        dtype: of the weights; ``auto`` keeps the checkpoint's (float32 from GGUF).
+        options: further fields of ``SenriConfig``; ``gate`` is ``tanh`` unless given.
+
+    Raises:
+        FileNotFoundError: where there is no model. ValueError: for an unreadable checkpoint, another
+            family, or sizes that do not fit.
+    """
+    base = (
+        model_or_path if isinstance(model_or_path, PreTrainedModel) else load_base(model_or_path, dtype=dtype)
+    )
+    fields = {"gate": "tanh", **options}
+    config = SenriConfig.from_base(
+        base.config, sliding_window=window, segment=segment, memory_layers=memory_layers, **fields
+    )
+    model: SenriForCausalLM = SenriForCausalLM.from_pretrained(
+        None, config=config, state_dict=base.state_dict(), dtype=base.dtype
+    )
+    model.generation_config = base.generation_config
+    return model.to(base.device)
+
+
+def load_base(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
+    """The model to convert, from a folder, a hub id or GGUF.
+
+    Raises as ``convert``.
+    """
+    gguf = gguf_file(path)
+    if gguf is None:
+        return load_model(path, dtype=dtype)
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    try:
+        # Dequantised: otherwise the model counts as quantised and can be neither saved nor trained.
+        return AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32 if dtype == "auto" else dtype,
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"the GGUF file {gguf} cannot be read: {error}") from error
+
+
+def load_base_tokenizer(path: str | Path) -> Any:
+    """The tokenizer that belongs to ``load_base(path)``."""
+    from transformers import AutoTokenizer
+
+    from newllm.models.files import load_tokenizer
+
+    gguf = gguf_file(path)
+    if gguf is None:
+        return load_tokenizer(path)
+    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """The GGUF file that ``path`` names or, as a folder without a config.json, holds.
+
+    Raises ``ValueError`` when a folder holds several.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no GGUF file {path}")
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(
+            f"{path} holds {len(files)} GGUF files: name one of {', '.join(f.name for f in files)}"
+        )
+    return files[0] if files else None

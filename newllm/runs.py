@@ -1,0 +1,79 @@
+"""A run's folder: ``config.yaml``, ``metrics.jsonl``, results and plots under fixed names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class Run:
+    """A folder that says what ran, with what, and what came out.
+
+    ``config.yaml`` is written at once, with versions, seed, commit and devices under ``provenance``;
+    ``metrics.jsonl`` starts empty. Files of an earlier run under the same names are replaced.
+    """
+
+    def __init__(self, out: Path | str, config: Mapping[str, Any], *, seed: int) -> None:
+        import yaml
+
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({**config, "provenance": provenance(seed)}, sort_keys=False)
+        self._write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        self.metrics = self.out / "metrics.jsonl"
+        self._write("metrics.jsonl", lambda path: path.write_text("", encoding="utf-8"))
+
+    def log(self, **row: Any) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def result(self, name: str, data: Any) -> Path:
+        """Write ``data`` as JSON under ``name``."""
+        text = json.dumps(data, indent=2) + "\n"
+        return self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def plot(self, name: str, figure: Any) -> Path:
+        """Write a matplotlib ``figure`` as PNG under ``name``."""
+        return self._write(name, lambda path: figure.savefig(path, dpi=150, format="png"))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> Path:
+        path = self.out / name
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Versions, devices, commit, date and seed."""
+    from newllm.backend import build_info
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**build_info(), "commit": commit(), "date": now, "seed": seed}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that newllm runs from, with a ``+`` for uncommitted changes; else None."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
