@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,20 @@ def convert(
         FileNotFoundError: where there is no model. ValueError: for an unreadable checkpoint, another
             family, or sizes that do not fit.
     """
-    base = (
-        model_or_path if isinstance(model_or_path, PreTrainedModel) else load_base(model_or_path, dtype=dtype)
-    )
+    if isinstance(model_or_path, PreTrainedModel):
+        base: Any = model_or_path
+        weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    else:
+        base = load_base(model_or_path, dtype=dtype)
+        weights = base.state_dict()
     fields = {"gate": "tanh", **options}
     config = SenriConfig.from_base(
         base.config, sliding_window=window, segment=segment, memory_layers=memory_layers, **fields
     )
     model: SenriForCausalLM = SenriForCausalLM.from_pretrained(
-        None, config=config, state_dict=base.state_dict(), dtype=base.dtype
+        None, config=config, state_dict=weights, dtype=base.dtype if dtype == "auto" else dtype
     )
-    model.generation_config = base.generation_config
+    model.generation_config = copy.deepcopy(base.generation_config)
     return model.to(base.device)
 
 

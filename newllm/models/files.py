@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -61,7 +60,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
 
     import newllm.models.senri  # noqa: F401 # registers its classes
 
-    return _read(AutoModelForCausalLM, path, dtype=dtype)
+    model, info = _read(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"the checkpoint {path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -81,6 +84,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def _read(auto: Any, path: str | Path, **options: Any) -> Any:
     """``auto.from_pretrained``, its many failures said in one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     folder = Path(path)
@@ -92,7 +96,7 @@ def _read(auto: Any, path: str | Path, **options: Any) -> Any:
         raise FileNotFoundError(f"there is no model folder {path}")
     try:
         return auto.from_pretrained(str(path), **options)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+    except (SafetensorError, StrictDataclassError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {_sentence(error)}") from error
     except OSError as error:
         if folder.is_dir():

@@ -1,7 +1,7 @@
 """The memory's own parameters: one gate per query head, one feature scale and bias per key/value head.
 
 Small modules rather than bare parameters, so that adapters (PEFT's ``modules_to_save``) carry them and
-optimisers find them by name.
+optimisers find them by name. Float32 whatever the default dtype: steps of a gate are too small for bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MemoryGate(nn.Module):
     def __init__(self, num_heads: int, kind: GateKind = "sigmoid") -> None:
         super().__init__()
         self.kind = kind
-        self.weight = nn.Parameter(torch.zeros(num_heads))
+        self.weight = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
 
     def forward(self) -> Tensor:
         """beta ``[H]``."""
@@ -55,8 +55,8 @@ class MemoryFeature(nn.Module):
         self.initial = (scale, bias)
         self.order = order
         if kind == "elu1":
-            self.scale = nn.Parameter(torch.full((num_kv_heads,), float(scale)))
-            self.bias = nn.Parameter(torch.full((num_kv_heads,), float(bias)))
+            self.scale = nn.Parameter(torch.full((num_kv_heads,), scale, dtype=torch.float32))
+            self.bias = nn.Parameter(torch.full((num_kv_heads,), bias, dtype=torch.float32))
 
     def forward(self) -> FeatureMap:
         """The feature map as the operators take it."""
