@@ -1,0 +1,112 @@
+"""The ``newllm`` command.
+
+One module per command, ``newllm/cli/<command>.py``; only the one that is asked for is imported. It has
+
+* ``Options``, a dataclass whose fields are made by ``newllm.cli.options``: the one schema behind the
+  flags, the keys of ``--config file.yaml``, ``--print_config`` and ``--help``;
+* ``run(options: Options) -> int | None``, whose docstring describes the command and whose result is the
+  exit code (None: 0);
+
+or, for a command with sub-commands (``newllm data list``), ``COMMANDS``: name -> ``Command(Options, run)``.
+
+Modules import torch, transformers and the like inside ``run``, so that ``--help`` stays quick. A failure
+that a user can mend is a ValueError, OSError or RuntimeError with one clear sentence; ``main`` prints it
+and returns 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NamedTuple
+
+HELP = {
+    "demo": "train a small model in five minutes and see it recall what left its window long ago",
+    "train": "train a Senri model",
+    "eval": "perplexity by position, recall of passkeys",
+    "convert": "give a Llama-family checkpoint a window and a memory",
+    "generate": "continue a text",
+    "chat": "talk with a model whose state never grows",
+    "data": "texts and models that can be fetched",
+    "doctor": "versions, devices, and which implementation each operator takes",
+}
+
+
+class Command(NamedTuple):
+    """A command: the dataclass of its options, and what it does with them."""
+
+    options: type[Any]
+    run: Callable[[Any], int | None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``newllm`` with ``argv`` (None: the process's); the exit code.
+
+    0 is success, 2 a failure told in one sentence on stderr, 130 an interruption. ``--debug`` as the first
+    word lets failures through, with their tracebacks.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["--debug"]:
+        return _dispatch(words[1:])
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("newllm: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"newllm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(
+            _overview("newllm", HELP, "newllm --version    the version\nnewllm --debug ...   with tracebacks")
+        )
+        return 0 if words else 2
+    if words[0] == "--version":
+        from newllm import __version__
+
+        print(__version__)
+        return 0
+    name = _known("command", words[0], HELP)
+    module = import_module(f"{__name__}.{name}")
+    if hasattr(module, "COMMANDS"):
+        return _dispatch_below(f"newllm {name}", module.COMMANDS, words[1:])
+    return _run(f"newllm {name}", Command(module.Options, module.run), words[1:])
+
+
+def _dispatch_below(name: str, commands: dict[str, Command], words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(name, {key: _first_line(command) for key, command in commands.items()}))
+        return 0 if words else 2
+    key = _known(f"command of {name!r}", words[0], commands)
+    return _run(f"{name} {key}", commands[key], words[1:])
+
+
+def _run(name: str, command: Command, words: list[str]) -> int:
+    from newllm.cli.options import parse
+
+    options = parse(command.options, words, name=name, description=command.run.__doc__ or "")
+    return 0 if options is None else command.run(options) or 0
+
+
+def _overview(name: str, commands: dict[str, str]) -> str:
+    lines = [f"  {key:{max(map(len, commands)) + 2}}{text}" for key, text in commands.items()]
+    return "
+".join([f"usage: {name} COMMAND ...", "", *lines, "", f"{name} COMMAND --help   its options"])
+
+
+def _first_line(command: Command) -> str:
+    return (command.run.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+def _known(what: str, name: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    if name not in allowed:
+        near = get_close_matches(name, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name!r} is no {what}: it must be one of {', '.join(allowed)}{hint}")
+    return name

