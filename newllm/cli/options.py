@@ -1,42 +1,48 @@
-"""A command's options from one dataclass: flags, YAML keys, ``--print_config`` and ``--help``."""
+"""A command's options from a plain dataclass: flags, YAML keys, ``--print_config`` and ``--help``."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+import inspect
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
-_OWN = ("config", "print_config", "help")
+# The flags and keys that every command has besides its own.
+_COMMON = ("--config", "--print_config", "--help")
 
 
-def argument(help: str) -> Any:
-    """A field given by its place: ``newllm convert SOURCE``."""
-    return dataclasses.field(metadata={"help": help, "positional": True})
+@dataclass
+class Option:
+    """One option: its dotted ``key``, its dataclass ``field``, its type and its help."""
+
+    key: str
+    field: Field[Any]
+    type: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line, with dashes."""
+        return f"--{self.key.replace('_', '-')}"
+
+    @property
+    def default(self) -> Any:
+        """The default, ``MISSING`` without one."""
+        made = self.field.default_factory
+        return self.field.default if made is MISSING else made()
 
 
-def required(help: str) -> Any:
-    """A field given by a flag, without a default."""
-    return dataclasses.field(metadata={"help": help})
+def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
+    """The dataclass ``kind`` that ``words`` ask for; None when they asked for help, which is now printed.
 
-
-def option(default: Any, help: str) -> Any:
-    """A field given by a flag: ``max_new_tokens`` by ``--max-new-tokens``; a False one is a bare switch."""
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def group(kind: type[Any], help: str) -> Any:
-    """A field that is itself a dataclass of options: its flags are ``--field.name``."""
-    return dataclasses.field(default_factory=kind, metadata={"help": help})
-
-
-def parse(kind: type[T], words: list[str], *, name: str, description: str) -> T | None:
-    """The options ``words`` ask for; None when they asked for help or for the configuration, now printed.
+    A field without a default is an argument given by its place or, when it is ``kw_only``, a flag that must
+    be given; all others are flags, False ones bare switches. Fields that are dataclasses are groups:
+    ``--group.field``. Help comes from the ``Args:`` section of the docstring.
 
     Raises ``ValueError`` for what is unknown (naming what is nearest), missing or of the wrong type.
     """
@@ -44,64 +50,75 @@ def parse(kind: type[T], words: list[str], *, name: str, description: str) -> T 
 
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=name, description=_joined(description), exit_on_error=False)
+    parser = ArgumentParser(prog=name, description=summary(kind), exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags win")
-    for key, field, hint in _leaves(kind):
-        _add(parser, key, field, hint)
-    known = [key for key, _, _ in _leaves(kind)]
-    _check_flags(words, known, name)
+    options = list(_options(kind))
+    for option in options:
+        _add(parser, option)
+    _check_flags(words, options, name)
     for file in _config_files(words):
-        _check_keys(file, known)
+        _check_keys(file, [option.key for option in options])
     try:
         found = parser.parse_args(words)
     except ArgumentError as error:
         raise ValueError(_sentence(error)) from error
     except SystemExit:
-        sys.stdout.flush()
         return None
-    options: T = _build(kind, found)
-    return options
+    options_found: T = _build(kind, found)
+    return options_found
 
 
-def _leaves(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Dotted names, fields and types of all options, groups opened."""
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
+def summary(kind: type[Any]) -> str:
+    """What a docstring says before its sections."""
+    return " ".join(re.split(r"\n\s*(?:Args|Raises):\n", inspect.getdoc(kind) or "")[0].split())
+
+
+def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
+    """All options, groups opened."""
+    hints, texts = get_type_hints(kind), _described(kind)
+    for field in fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _leaves(hint, f"{key}.")
+        if is_dataclass(hint):
+            yield from _options(hint, f"{key}.")  # type: ignore[arg-type]
         else:
-            yield key, field, hint
+            yield Option(key, field, hint, texts.get(field.name, ""))
 
 
-def _add(parser: Any, key: str, field: dataclasses.Field[Any], hint: Any) -> None:
-    if field.metadata.get("positional"):
-        parser.add_argument(key, type=hint, metavar=key.upper(), help=field.metadata["help"])
-        return
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    shape: dict[str, Any] = {"type": hint, "default": default}
-    if default is False:
-        shape = {"action": "store_true"}
-    elif default is dataclasses.MISSING:
-        shape = {"type": hint, "required": True}
-    parser.add_argument(f"--{key.replace('_', '-')}", help=field.metadata["help"], **shape)
+def _described(kind: type[Any]) -> dict[str, str]:
+    """Field -> its text in the docstring's ``Args:``, where several may share a line."""
+    section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(kind) or "", re.MULTILINE | re.DOTALL)
+    names = "|".join(field.name for field in fields(kind))
+    parts = re.split(rf"(?:^|\. )\s*({names}): ", section[1] if section else "", flags=re.MULTILINE)
+    return {
+        name: " ".join(text.split()).rstrip(".") for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
-def _check_flags(words: list[str], known: list[str], name: str) -> None:
-    flags = [f"--{key.replace('_', '-')}" for key in known]
-    allowed = {*flags, *(f"{flag}+" for flag in flags), *(f"--{key}" for key in _OWN)}
+def _add(parser: Any, option: Option) -> None:
+    help = option.help.replace("%", "%%").replace("``", "`")
+    if option.default is MISSING and not option.field.kw_only:
+        parser.add_argument(option.key, type=option.type, metavar=option.key.upper(), help=help)
+    elif option.default is MISSING:
+        parser.add_argument(option.flag, type=option.type, required=True, help=help)
+    elif option.default is False:
+        parser.add_argument(option.flag, action="store_true", help=help)
+    else:
+        parser.add_argument(option.flag, type=option.type, default=option.default, help=help)
+
+
+def _check_flags(words: list[str], options: list[Option], name: str) -> None:
+    flags = [option.flag for option in options]
+    allowed = {*_COMMON, *flags, *(f"{flag}+" for flag in flags)}
     for word in words:
         flag = word.partition("=")[0]
         if word == "--":
             return
         if flag.startswith("--") and flag not in allowed and not any(map(str.isspace, flag)):
-            raise ValueError(f"{name} has no option {flag}{_nearest(flag, flags)}")
+            raise ValueError(f"{flag} is no option of {name!r}{_nearest(flag, flags)}")
 
 
 def _config_files(words: list[str]) -> Iterator[Path]:
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in pairwise([*words, ""]):
         if word == "--config" and after:
             yield Path(after)
         elif word.startswith("--config="):
@@ -121,9 +138,8 @@ def _check_keys(path: Path, known: list[str]) -> None:
         raise ValueError(f"the configuration file {path} must hold 'key: value' lines")
     for key in _dotted(content, known):
         if key not in known:
-            raise ValueError(
-                f"the configuration file {path} has an unknown key {key!r}{_nearest(key, known)}"
-            )
+            near = _nearest(key, known)
+            raise ValueError(f"the configuration file {path} has an unknown key {key!r}{near}")
 
 
 def _dotted(content: Mapping[Any, Any], known: list[str], prefix: str = "") -> Iterator[str]:
@@ -136,24 +152,20 @@ def _dotted(content: Mapping[Any, Any], known: list[str], prefix: str = "") -> I
 
 
 def _nearest(name: str, allowed: list[str]) -> str:
-    near = get_close_matches(name, allowed, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = get_close_matches(name, allowed, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _sentence(error: Exception) -> str:
-    """jsonargparse's complaint in one line, in the words of the command line."""
-    text = _joined(str(error)).removeprefix("Parser key ")
+    """jsonargparse's complaint on one line, without its names for types."""
+    text = " ".join(str(error).split()).removeprefix("Parser key ")
     return text.replace("typing.", "").replace("<class '", "").replace("'>", "")
 
 
-def _joined(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _build(kind: type[Any], found: Any) -> Any:
+def _build(kind: Any, found: Any) -> Any:
     hints = get_type_hints(kind)
     values = {}
-    for field in dataclasses.fields(kind):
+    for field in fields(kind):
         value, hint = getattr(found, field.name), hints[field.name]
-        values[field.name] = _build(hint, value) if dataclasses.is_dataclass(hint) else value
+        values[field.name] = _build(hint, value) if is_dataclass(hint) else value
     return kind(**values)
