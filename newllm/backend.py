@@ -104,7 +104,7 @@ def build_info() -> dict[str, str]:
     return {
         "newllm": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         **packages,
         "native": _native(),
         "devices": ", ".join(_describe(device) for device in devices()),

@@ -15,10 +15,13 @@ class Run:
     """A folder that says what ran, with what, and what came out.
 
     ``config.yaml`` is written at once, with versions, seed, commit and devices under ``provenance``;
-    ``metrics.jsonl`` starts empty. Files of an earlier run under the same names are replaced.
+    ``metrics.jsonl`` starts empty, unless the run is to ``resume``. Files of an earlier run under the same
+    names are replaced.
     """
 
-    def __init__(self, out: Path | str, config: Mapping[str, Any], *, seed: int) -> None:
+    def __init__(
+        self, out: Path | str, config: Mapping[str, Any], *, seed: int, resume: bool = False
+    ) -> None:
         import yaml
 
         self.out = Path(out)
@@ -26,7 +29,8 @@ class Run:
         text = yaml.safe_dump({**config, "provenance": provenance(seed)}, sort_keys=False)
         self._write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
         self.metrics = self.out / "metrics.jsonl"
-        self._write("metrics.jsonl", lambda path: path.write_text("", encoding="utf-8"))
+        if not (resume and self.metrics.exists()):
+            self._write("metrics.jsonl", lambda path: path.write_text("", encoding="utf-8"))
 
     def log(self, **row: Any) -> None:
         """Append one line to ``metrics.jsonl``."""

@@ -64,11 +64,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     The same as ``tokenizer(text, add_special_tokens=False)``, of any length without a warning, and
     without the tokenizer's detour where its tokens are plain bytes.
     """
-    if _is_bytes(tokenizer) and not any(token in text for token in tokenizer.all_special_tokens):
+    if is_byte_tokenizer(tokenizer) and not any(token in text for token in tokenizer.all_special_tokens):
         return byte_ids(text)
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``tokenizer`` is a :func:`byte_tokenizer`, also one that was saved and loaded."""
     return tokenizer.vocab_size == BYTES and tokenizer.convert_ids_to_tokens(list(range(BYTES))) == _SYMBOLS
