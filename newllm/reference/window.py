@@ -96,11 +96,11 @@ def local_attention(
     compute = compute_dtype or torch.promote_types(q.dtype, torch.float32)
     block = min(tokens, reach)
     blocks = -(-tokens // block)
-    lead = past if blocks == 1 else reach - 1
+    lead = past if blocks == 1 else block
     width = lead + block
-    queries = _blocks(pad_tokens(rotate(q.to(compute), rope), blocks * block), block, block)
+    queries = _blocks(pad_tokens(rotate(q.to(compute), rope), blocks * block), block, 0)
     keys, values = (
-        _blocks(F.pad(x, (0, 0, lead - past, blocks * block - tokens)), width, block)
+        _blocks(F.pad(x, (0, 0, lead - past, blocks * block - tokens)), block, lead)
         for x in (rotate(k.to(compute), rope), v.to(compute))
     )
     mask = _band(block, width, lead, reach, q.device)
@@ -113,9 +113,17 @@ def local_attention(
     return out.to(q.dtype)
 
 
-def _blocks(x: Tensor, width: int, step: int) -> Tensor:
-    """Overlapping runs of ``width`` tokens every ``step``: ``[B, H, N, D] -> [B * blocks, H, width, D]``."""
-    return x.unfold(2, width, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
+def _blocks(x: Tensor, block: int, lead: int) -> Tensor:
+    """Blocks behind the ``lead`` tokens before them: ``[B, H, N, D] -> [B * blocks, H, lead + block, D]``.
+
+    ``lead`` is 0 or one block; the only block of a short sequence may have any.
+    """
+    if x.shape[2] == lead + block:
+        return x
+    parts = x.unflatten(2, (-1, block))
+    if lead:
+        parts = torch.cat([parts[:, :, :-1], parts[:, :, 1:]], 3)
+    return parts.transpose(1, 2).flatten(0, 1)
 
 
 def _band(block: int, width: int, lead: int, reach: int, device: torch.device) -> Tensor:
