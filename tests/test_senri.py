@@ -156,6 +156,23 @@ def test_copied_cache_is_a_snapshot() -> None:
     assert torch.equal(logits(model, more, past_key_values=snapshot), expected)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_batch_operations_of_the_cache_move_whole_streams(kind: str) -> None:
+    model, ids, more = tiny_senri(), random_tokens(2, 21), random_tokens(2, 9)
+    fresh = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
+    logits(model, ids, past_key_values=fresh)
+    rows = torch.tensor([1, 1, 0])
+    for move, order in (
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
+        (lambda cache: cache.batch_select_indices(rows), rows),
+        (lambda cache: cache.reorder_cache(rows), rows),
+    ):
+        cache = copy.deepcopy(fresh)
+        expected = logits(model, more, past_key_values=copy.deepcopy(fresh))[order]
+        move(cache)
+        assert_same(logits(model, more[order], past_key_values=cache), expected)
+
+
 def test_cache_cannot_be_cropped_nor_taken_from_another_model() -> None:
     model, ids = tiny_senri(), random_tokens(1, 10)
     cache = model(ids).past_key_values

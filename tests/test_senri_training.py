@@ -77,6 +77,16 @@ def test_gradients_through_carried_states_are_those_of_one_call() -> None:
         )
 
 
+def test_gradients_flow_through_calls_of_single_tokens() -> None:
+    model, ids = tiny_senri().train(), torch.randint(20, 48, (1, 5))
+    cache = DynamicCache(config=model.config)
+    first = torch.randint(1, 20, (1, 12))
+    model(first, past_key_values=cache)
+    parts = [model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
+    model.loss_function(torch.cat(parts, 1), ids, vocab_size=model.config.vocab_size).backward()
+    assert gradients(model)["model.embed_tokens.weight"][first].abs().amax(-1).min() > 0
+
+
 def test_detached_state_cuts_between_calls() -> None:
     model, ids = tiny_senri().train(), torch.randint(20, 48, (1, 12))
     cache = DynamicCache(config=model.config)
