@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from newllm.models.senri import SenriForCausalLM
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_SECONDS = 5.0
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -22,11 +29,16 @@ def written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        temporary = workplace / path.name
+        temporary, replaced = workplace / path.name, workplace / "replaced"
         yield temporary
         if path.is_dir() and temporary.is_dir():
-            os.replace(path, workplace / "replaced")
-        os.replace(temporary, path)
+            os.replace(path, replaced)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if replaced.is_dir():
+                os.replace(replaced, path)
+            raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 
@@ -46,9 +58,11 @@ def save_model(
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise ``FileExistsError`` when ``out`` holds something and ``overwrite`` is False."""
-    if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"out {out} exists: name another folder or pass --overwrite")
+    """Raise ``FileExistsError`` when ``out`` is a file, or a folder with content and not to ``overwrite``."""
+    if out.is_file():
+        raise FileExistsError(f"out {out} must be a folder, got a file")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise FileExistsError(f"out {out} is not empty: name another folder, or overwrite it")
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
@@ -60,10 +74,25 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
 
     import newllm.models.senri  # noqa: F401 # registers its classes
 
-    model, info = _read(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"the checkpoint {path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return _read(AutoModelForCausalLM, path, dtype=dtype)
+
+
+def load_senri(path: str | Path, *, dtype: torch.dtype | str = "auto") -> SenriForCausalLM:
+    """A Senri model from a folder or hub id.
+
+    Raises as ``load_model``, and ``ValueError`` for a model of another kind.
+    """
+    from transformers import AutoConfig
+
+    import newllm.models.senri  # noqa: F401 # registers its classes
+
+    folder = model_folder(path)
+    kind = _read(AutoConfig, folder).model_type
+    if kind != "senri":
+        raise ValueError(
+            f"{path} must be a Senri model, got a {kind} model: make one of it by newllm convert"
+        )
+    model: SenriForCausalLM = load_model(folder, dtype=dtype)
     return model
 
 
@@ -74,12 +103,57 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+    folder = model_folder(path)
+    if not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(
             f"the folder {path} holds no tokenizer (tokenizer.json or tokenizer_config.json)"
         )
-    return _read(AutoTokenizer, path)
+    return _read(AutoTokenizer, folder)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder ``path``, or the local copy of the hub model of that id, fetched or renewed if it can be.
+
+    The hub is asked once and given a few seconds: transformers itself would retry for a minute or two.
+
+    Raises ``FileNotFoundError`` where there is neither, ``ValueError`` for a file.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path} must be a model folder or hub id, got a file")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the folder {path} holds no model (no config.json)")
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(str(path)):
+        raise FileNotFoundError(f"there is no model folder {path}")
+    return _hub_folder(str(path))
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HTTPError,  # type: ignore[attr-defined] # of httpx or its successor, as the hub client uses it
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    why = "the hub could not be reached"
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+        reached = True
+    except RepositoryNotFoundError:
+        reached, why = False, "the hub has none of that name, or only a private one"
+    except (HTTPError, OSError) as error:
+        reached, why = False, f"{why} ({_sentence(error)})"
+    try:
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, local_files_only=not reached))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a model folder nor in the local cache of hub models, and {why}"
+        ) from error
+    except HTTPError as error:
+        raise ConnectionError(f"the hub model {name} could not be fetched: {_sentence(error)}") from error
 
 
 def _read(auto: Any, path: str | Path, **options: Any) -> Any:
@@ -87,23 +161,19 @@ def _read(auto: Any, path: str | Path, **options: Any) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(f"{path} must be a model folder or hub id, got a file")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the folder {path} holds no model (no config.json)")
-    if not folder.exists() and str(path).count("/") > 1:
-        raise FileNotFoundError(f"there is no model folder {path}")
+    folder = model_folder(path)
     try:
-        return auto.from_pretrained(str(path), **options)
-    except (SafetensorError, StrictDataclassError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        return auto.from_pretrained(str(folder), **options)
+    except (
+        SafetensorError,
+        StrictDataclassError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {_sentence(error)}") from error
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(f"the checkpoint {path} cannot be read: {_sentence(error)}") from error
-        raise FileNotFoundError(
-            f"{path} is neither a model folder nor a hub id that can be reached: {_sentence(error)}"
-        ) from error
 
 
 def _sentence(error: Exception) -> str:
