@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from newllm.models.files import load_model
+from newllm.models.files import load_model, load_tokenizer, one_line
 from newllm.models.senri import SenriConfig, SenriForCausalLM
 
 
@@ -65,28 +65,35 @@ def load_base(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
         return load_model(path, dtype=dtype)
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    try:
-        # Dequantised: otherwise the model counts as quantised and can be neither saved nor trained.
-        return AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32 if dtype == "auto" else dtype,
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"the GGUF file {gguf} cannot be read: {error}") from error
+    return _read_gguf(
+        AutoModelForCausalLM,
+        gguf,
+        dtype=torch.float32 if dtype == "auto" else dtype,
+        # Otherwise the model counts as quantised and can be neither saved nor trained.
+        quantization_config=GgufConfig(dequantize=True),
+    )
 
 
 def load_base_tokenizer(path: str | Path) -> Any:
-    """The tokenizer that belongs to ``load_base(path)``."""
-    from transformers import AutoTokenizer
+    """The tokenizer that belongs to ``load_base(path)``.
 
-    from newllm.models.files import load_tokenizer
-
+    Raises as ``convert``.
+    """
     gguf = gguf_file(path)
     if gguf is None:
         return load_tokenizer(path)
-    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    from transformers import AutoTokenizer
+
+    return _read_gguf(AutoTokenizer, gguf)
+
+
+def _read_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+    except ImportError as error:
+        raise RuntimeError("reading GGUF files needs the package gguf: pip install gguf") from error
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"the GGUF file {gguf} cannot be read: {one_line(error)}") from error
 
 
 def gguf_file(path: str | Path) -> Path | None:

@@ -74,7 +74,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
 
     import newllm.models.senri  # noqa: F401 # registers its classes
 
-    return _read(AutoModelForCausalLM, path, dtype=dtype)
+    model, info = _read(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"the checkpoint {path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model
 
 
 def load_senri(path: str | Path, *, dtype: torch.dtype | str = "auto") -> SenriForCausalLM:
@@ -126,14 +130,14 @@ def model_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(str(path)):
-        raise FileNotFoundError(f"there is no model folder {path}")
+        raise FileNotFoundError(f"there is no model folder {path} (a hub id has the form owner/name)")
     return _hub_folder(str(path))
 
 
 def _hub_folder(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HTTPError,  # type: ignore[attr-defined] # of httpx or its successor, as the hub client uses it
+    from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError is of its HTTP client
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -145,7 +149,7 @@ def _hub_folder(name: str) -> Path:
     except RepositoryNotFoundError:
         reached, why = False, "the hub has none of that name, or only a private one"
     except (HTTPError, OSError) as error:
-        reached, why = False, f"{why} ({_sentence(error)})"
+        reached, why = False, f"{why} ({one_line(error)})"
     try:
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, local_files_only=not reached))
     except LocalEntryNotFoundError as error:
@@ -153,7 +157,7 @@ def _hub_folder(name: str) -> Path:
             f"{name} is neither a model folder nor in the local cache of hub models, and {why}"
         ) from error
     except HTTPError as error:
-        raise ConnectionError(f"the hub model {name} could not be fetched: {_sentence(error)}") from error
+        raise ConnectionError(f"the hub model {name} could not be fetched: {one_line(error)}") from error
 
 
 def _read(auto: Any, path: str | Path, **options: Any) -> Any:
@@ -173,8 +177,9 @@ def _read(auto: Any, path: str | Path, **options: Any) -> Any:
         EOFError,
         OSError,
     ) as error:
-        raise ValueError(f"the checkpoint {path} cannot be read: {_sentence(error)}") from error
+        raise ValueError(f"the checkpoint {path} cannot be read: {one_line(error)}") from error
 
 
-def _sentence(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What ``error`` says, on one line and not too long."""
     return " ".join(str(error).split())[:300]

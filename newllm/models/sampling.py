@@ -45,7 +45,7 @@ def next_token(
     scores = _penalised(logits.float(), recent, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return scores.argmax(-1)
-    steps = generation.LogitsProcessorList([generation.TemperatureLogitsWarper(sampling.temperature)])
+    steps = generation.LogitsProcessorList([generation.TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k is not None:
         steps.append(generation.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,13 @@ from transformers import DynamicCache
 
 from newllm.models.sampling import RECENT_TOKENS, Sampling, next_token
 from newllm.models.senri.modeling import SenriForCausalLM
+from newllm.models.session_input import Input, token_rows
 from newllm.modules.cache import cache_layer
 from newllm.types import InfiniState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = str | Sequence[int] | Tensor
-Input = Row | Sequence[Row]
 # Logits of a large vocabulary are made for so many tokens at a time.
 _SCORED_AT_ONCE = 256
 
@@ -89,24 +88,38 @@ class Session:
         return [0] * self.batch_size if state is None else state.position.tolist()
 
     @property
+    def pending(self) -> list[int]:
+        """Per row, the token that was generated last and is read by the next call; -1 where there is none."""
+        return list(self._pending.tolist())
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all layers' states; the same at every length, zero before the first token."""
         return sum(state.nbytes() for state in self._states() if state is not None)
 
     def feed(self, text: Input) -> None:
-        """Read ``text``: a string, token ids, or one of either per row (``[B, T]`` tensors too)."""
-        for _ in self._read(self._rows(text)):
+        """Read ``text``: a string, token ids, or one of either per row (``[B, T]`` tensors too).
+
+        Raises ``ValueError`` for another number of rows, ids outside the vocabulary, or text without a
+        tokenizer; nothing has been read then.
+        """
+        rows = self._rows(text)
+        for _ in self._read(self._behind_pending(rows)):
             pass
 
     def score(self, text: Input) -> Tensor:
         """Read ``text`` and return each token's negative log-likelihood in nats, ``[T]`` float32.
 
         The first token of a stream is not predicted by anything: NaN. For sessions of one row.
+
+        Raises as ``feed``, and ``ValueError`` for a session of several rows.
         """
         if self.batch_size != 1:
             raise ValueError(f"score needs a session of batch_size 1, got {self.batch_size}")
-        losses = []
-        for ids, hidden, before in self._read(self._rows(text)):
+        rows = self._rows(text)
+        self._read_pending()
+        losses = [torch.zeros(0, device=self._pending.device)]
+        for ids, hidden, before in self._read(rows):
             if before is None:
                 losses.append(torch.full((1,), torch.nan, device=ids.device))
                 predicting, targets = hidden[0, :-1], ids[0, 1:]
@@ -152,14 +165,18 @@ class Session:
     ) -> Iterator[Tensor]:
         """As ``generate``, token by token: ``[B]`` ids, -1 in rows that have ended.
 
-        Raises ``ValueError`` when nothing has been read yet.
+        The prompt is read when the first token is asked for. Stopping early leaves the session in order.
+
+        Raises as ``feed``, and ``ValueError`` when a row has not read anything yet.
         """
-        if prompt is not None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if prompt is None:
+            self._read_pending()
+        else:
             self.feed(prompt)
-        elif (self._pending >= 0).any():
-            self.feed([[] for _ in range(self.batch_size)])
-        if self._hidden is None:
-            raise ValueError("prompt must be given before anything has been read, got None")
+        if self._hidden is None or 0 in self.tokens:
+            raise ValueError("prompt must hold a token for each row that has not read anything, got none")
         ends = self._ends()
         active = torch.ones(self.batch_size, dtype=torch.bool, device=self._pending.device)
         for step in range(max_new_tokens):
@@ -182,13 +199,20 @@ class Session:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from ``snapshot``.
 
-        Raises ``ValueError`` when it is of another batch size or number of layers.
+        Raises ``ValueError`` when it is of another batch size or of a model of another shape.
         """
-        layers = self.model.config.num_hidden_layers
-        if len(snapshot.states) != layers:
-            raise ValueError(f"snapshot must hold {layers} layers, got {len(snapshot.states)}")
+        config = self.model.config
+        if len(snapshot.states) != config.num_hidden_layers:
+            raise ValueError(
+                f"snapshot must hold {config.num_hidden_layers} layers, got {len(snapshot.states)}"
+            )
         if len(snapshot.pending) != self.batch_size:
             raise ValueError(f"snapshot must hold {self.batch_size} rows, got {len(snapshot.pending)}")
+        ring = config.sliding_window or config.segment
+        shape = (self.batch_size, config.num_key_value_heads, ring, config.head_dim)
+        for state in snapshot.states:
+            if state is not None and state.keys.shape != shape:
+                raise ValueError(f"snapshot must hold keys of shape {shape}, got {tuple(state.keys.shape)}")
         self.reset()
         states, self._hidden, self._pending, self._recent = _copied(snapshot)
         for index, state in enumerate(states):
@@ -199,16 +223,17 @@ class Session:
         """Write the session to a safetensors file, whole or not at all."""
         from newllm.models.session_file import write_snapshot
 
-        write_snapshot(self.snapshot(), self.model.config, Path(path))
+        write_snapshot(self.snapshot(), self.model, Path(path))
 
     def load(self, path: str | Path) -> None:
         """Go on from a file of ``save``.
 
-        Raises ``ValueError`` for a file of another model, naming what differs, or one that is damaged.
+        Raises ``FileNotFoundError`` where there is none, ``ValueError`` for a damaged file or one of another
+        model, naming what differs. The session is as it was then.
         """
         from newllm.models.session_file import read_snapshot
 
-        self.restore(read_snapshot(Path(path), self.model.config, self.model.device))
+        self.restore(read_snapshot(Path(path), self.model))
 
     def _states(self) -> tuple[InfiniState | None, ...]:
         layers = range(self.model.config.num_hidden_layers)
@@ -220,31 +245,19 @@ class Session:
         return torch.tensor(ends, dtype=torch.int64, device=self._pending.device)
 
     def _rows(self, text: Input) -> list[Tensor]:
-        """One row of ids per stream, behind the token that the row still has to read."""
-        if isinstance(text, str):
-            rows: list[Row] = [text]
-        elif isinstance(text, Tensor):
-            rows = list(text if text.ndim == 2 else text[None])
-        elif len(text) and isinstance(text[0], int):
-            rows = [cast("Sequence[int]", text)]
-        else:
-            rows = list(cast("Sequence[Row]", text))
-        if len(rows) != self.batch_size:
-            raise ValueError(f"text must hold {self.batch_size} rows, one per stream, got {len(rows)}")
-        pending = self._pending.tolist()
-        self._pending = torch.full_like(self._pending, -1)
+        return token_rows(text, self.tokenizer, self.batch_size, self.model.config.vocab_size)
+
+    def _read_pending(self) -> None:
+        if max(self.pending) >= 0:
+            self.feed([[] for _ in range(self.batch_size)])
+
+    def _behind_pending(self, rows: list[Tensor]) -> list[Tensor]:
+        """``rows``, each behind the token that its stream still has to read."""
+        pending, self._pending = self.pending, torch.full_like(self._pending, -1)
         return [
-            torch.cat([torch.tensor([token] if token >= 0 else [], dtype=torch.int64), self._ids(row)])
+            torch.cat([torch.tensor([token] if token >= 0 else [], dtype=torch.int64), row])
             for token, row in zip(pending, rows, strict=True)
         ]
-
-    def _ids(self, row: Row) -> Tensor:
-        if not isinstance(row, str):
-            return torch.as_tensor(row, dtype=torch.int64).cpu()
-        if self.tokenizer is None:
-            raise ValueError("tokenizer must be given to read text, got None; token ids need none")
-        ids = self.tokenizer(row, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
 
     def _read(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Read chunk by chunk: ids ``[B, T]``, hidden states after each, hidden states before the first."""
