@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from newllm.cli.presets import preset_path
+
 T = TypeVar("T")
 # The flags and keys that every command has besides its own.
 _COMMON = ("--config", "--print_config", "--help")
@@ -51,13 +53,16 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=name, description=summary(kind), exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags win")
+    help = "YAML file of options, or the name of a preset; later flags win"
+    parser.add_argument("--config", action=ActionConfigFile, help=help)
     options = list(_options(kind))
     for option in options:
         _add(parser, option)
     _check_flags(words, options, name)
-    for file in _config_files(words):
-        _check_keys(file, [option.key for option in options])
+    words = _with_config_files(words)
+    for word, file in pairwise(words):
+        if word == "--config":
+            _check_keys(Path(file), [option.key for option in options])
     try:
         found = parser.parse_args(words)
     except ArgumentError as error:
@@ -70,7 +75,9 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
 
 def summary(kind: type[Any]) -> str:
     """What a docstring says before its sections."""
-    return " ".join(re.split(r"\n\s*(?:Args|Raises):\n", inspect.getdoc(kind) or "")[0].split())
+    return " ".join(
+        re.split(r"\n\s*(?:Args|Raises):\n", inspect.getdoc(kind) or "")[0].replace("``", "`").split()
+    )
 
 
 def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
@@ -117,12 +124,15 @@ def _check_flags(words: list[str], options: list[Option], name: str) -> None:
             raise ValueError(f"{flag} is no option of {name!r}{_nearest(flag, flags)}")
 
 
-def _config_files(words: list[str]) -> Iterator[Path]:
-    for word, after in pairwise([*words, ""]):
-        if word == "--config" and after:
-            yield Path(after)
-        elif word.startswith("--config="):
-            yield Path(word.partition("=")[2])
+def _with_config_files(words: list[str]) -> list[str]:
+    """``words`` with the file behind each ``--config`` as a word of its own, presets by their path."""
+    found: list[str] = []
+    for word in words:
+        found += ["--config", word.partition("=")[2]] if word.startswith("--config=") else [word]
+    for place, (word, name) in enumerate(pairwise(found), 1):
+        if word == "--config" and not Path(name).suffix and not Path(name).is_file():
+            found[place] = str(preset_path(name))
+    return found
 
 
 def _check_keys(path: Path, known: list[str]) -> None:
