@@ -36,6 +36,16 @@ class Sampling:
                 raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """A source of random numbers on ``device``, another one each time when ``seed`` is None."""
+    made = torch.Generator(device)
+    if seed is None:
+        made.seed()
+    else:
+        made.manual_seed(seed)
+    return made
+
+
 def next_token(
     logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -1,0 +1,99 @@
+"""``newllm chat``: a conversation of any length with a state of constant size."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from newllm.cli.loading import Dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from newllm.models.sampling import Sampling
+    from newllm.models.session import Session
+
+_HELP = "exit or quit ends, reset forgets everything, save PATH and load PATH keep the conversation"
+
+
+@dataclass
+class Options:
+    """Talk with a model that remembers by a state of constant size, not by reading everything again.
+
+    Lines of the terminal, or of a script on stdin. exit and quit end, reset forgets everything, save PATH and
+    load PATH keep the conversation in a file.
+
+    Args:
+        model: Senri folder or hub id.
+        max_new_tokens: tokens of a reply at most.
+        temperature: 0 always takes the likeliest token, more is more varied.
+        top_k: sample from so many tokens (null: from all).
+        top_p: sample from the likeliest tokens that have this share of probability (null: all).
+        repetition_penalty: makes the last 50 tokens less likely, 1 is none.
+        seed: seed of the sampling (null: another one each time).
+        dtype: dtype of the weights.
+        device: a device as PyTorch names it (auto: the first accelerator, else the CPU).
+    """
+
+    model: str
+    max_new_tokens: int = 100
+    temperature: float = 0.9
+    top_k: int | None = 50
+    top_p: float | None = 0.95
+    repetition_penalty: float = 1.2
+    seed: int | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+
+
+def run(options: Options) -> None:
+    """Answer line by line until the end."""
+    from newllm.cli.loading import load
+    from newllm.models.sampling import Sampling, generator
+    from newllm.models.session import Session
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    session, random = Session(model, tokenizer), generator(options.seed, model.device)
+    if sys.stdin.isatty():
+        print(_HELP)
+    while (line := _line()) is not None:
+        match line.split(maxsplit=1):
+            case []:
+                continue
+            case ["exit" | "quit"]:
+                return
+            case ["reset"]:
+                session.reset()
+            case ["save" | "load" as verb, path]:
+                _keep(session, verb, path)
+            case _:
+                _answer(session, line, options.max_new_tokens, sampling, random)
+
+
+def _line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _keep(session: Session, verb: str, path: str) -> None:
+    """Save or load; a failure is told and leaves the conversation as it was."""
+    try:
+        session.save(path) if verb == "save" else session.load(path)
+    except (OSError, ValueError) as error:
+        print(f"newllm: {error}", file=sys.stderr)
+
+
+def _answer(session: Session, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
+    from newllm.cli.turns import feed_with_progress, first_turn, next_turn, reply, show
+
+    tokenizer: Any = session.tokenizer
+    if session.tokens == [0]:
+        feed_with_progress(session, first_turn(tokenizer, text))
+    else:
+        closed = session.pending[0] == tokenizer.eos_token_id
+        session.feed(next_turn(tokenizer, text, closed=closed))
+    show(tokenizer, reply(session, tokens=tokens, sampling=sampling, generator=random))

@@ -1,0 +1,111 @@
+"""``newllm convert``: a Llama-family checkpoint as Senri, and the proof that nothing was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from newllm.cli.loading import Dtype
+
+if TYPE_CHECKING:
+    from newllm.models.senri import SenriForCausalLM
+
+_COMPARED = 64
+
+
+@dataclass
+class Options:
+    """Give a Llama, SmolLM, Mistral, Qwen2 or Qwen3 checkpoint a sliding window and a memory.
+
+    Within the window the result equals the base model exactly, which is checked; the memory's gates start
+    shut and open in training.
+
+    Args:
+        source: folder, hub id, GGUF file, or ``smollm2`` (see ``newllm data get``).
+        out: folder to write.
+        window: keys that a query sees.
+        segment: tokens folded into the memory at once (null: the window).
+        memory_layers: layers with a memory (null: two of them, at thirds of the depth).
+        gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
+        rule: how the memory is written.
+        dtype: of the weights (auto: the checkpoint's; float32 for GGUF).
+        overwrite: replace a folder that exists.
+    """
+
+    source: str
+    out: str = field(kw_only=True)
+    window: int = 1024
+    segment: int | None = None
+    memory_layers: list[int] | None = None
+    gate: Literal["tanh", "sigmoid"] = "tanh"
+    rule: Literal["linear", "delta"] = "linear"
+    dtype: Dtype = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Find before any weights are read what would be found behind them."""
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.segment is not None and not 1 <= self.segment <= self.window:
+            raise ValueError(f"segment must be between 1 and window ({self.window}), got {self.segment}")
+
+
+def run(options: Options) -> None:
+    """Convert, save, and print what was made."""
+    from newllm.cli.loading import quiet, source_path
+    from newllm.models.convert import convert, load_base, load_base_tokenizer
+    from newllm.models.files import check_free, save_model
+
+    quiet()
+    out = Path(options.out)
+    check_free(out, options.overwrite)
+    source = source_path(options.source)
+    tokenizer = load_base_tokenizer(source)
+    base = load_base(source, dtype=options.dtype)
+    model = convert(
+        base,
+        window=options.window,
+        segment=options.segment,
+        memory_layers=options.memory_layers,
+        gate=options.gate,
+        rule=options.rule,
+    )
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    save_model(model, tokenizer, out, overwrite=options.overwrite)
+    for name, value in _report(base, model).items():
+        print(f"{name:14}{value}")
+    print(f"{'saved in':14}{out}")
+
+
+def _report(base: Any, model: SenriForCausalLM) -> dict[str, str]:
+    from newllm.models.session import Session
+
+    config = model.config
+    session = Session(model)
+    session.feed([0])
+    added = model.state_dict().keys() - base.state_dict().keys()
+    kinds = sorted({name.split("self_attn.")[-1] for name in added})
+    tokens, difference = _compared(base, model)
+    return {
+        "family": f"{base.config.model_type}, {config.num_hidden_layers} layers",
+        "parameters": f"{model.num_parameters():,}",
+        "window": f"{config.sliding_window} keys, segments of {config.segment}",
+        "memory layers": ", ".join(map(str, config.memory_layers or [])) or "none",
+        "state": f"{session.state_bytes:,} bytes a sequence, at every length",
+        "new": f"{', '.join(kinds)} of each memory layer" if kinds else "nothing",
+        "check": f"on {tokens} tokens the logits differ from the base model's by at most {difference}",
+    }
+
+
+def _compared(base: Any, model: SenriForCausalLM) -> tuple[int, float]:
+    """The number of tokens compared, within the window, and the largest difference of a logit."""
+    import torch
+
+    tokens = min(_COMPARED, model.config.sliding_window)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
+    with torch.no_grad():
+        difference = model(ids, use_cache=False).logits - base.eval()(ids, use_cache=False).logits
+    return tokens, float(difference.abs().max())

@@ -1,0 +1,85 @@
+"""``newllm generate``: continue a text, or answer it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from newllm.cli.loading import Dtype
+
+
+@dataclass
+class Options:
+    """Read a prompt of any length and print what the model makes of it.
+
+    A model with a chat template answers the prompt as a message; others, and all with --raw, continue it.
+
+    Args:
+        model: Senri folder or hub id.
+        prompt: text to read.
+        prompt_file: file to read before the prompt.
+        max_new_tokens: tokens to write at most.
+        temperature: 0 always takes the likeliest token, more is more varied.
+        top_k: sample from so many tokens (null: from all).
+        top_p: sample from the likeliest tokens that have this share of probability (null: all).
+        repetition_penalty: makes the last 50 tokens less likely, 1 is none.
+        seed: seed of the sampling.
+        raw: no chat template.
+        dtype: dtype of the weights.
+        device: a device as PyTorch names it (auto: the first accelerator, else the CPU).
+    """
+
+    model: str
+    prompt: str | None = None
+    prompt_file: Path | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    raw: bool = False
+    dtype: Dtype = "auto"
+    device: str = "auto"
+
+
+def run(options: Options) -> None:
+    """Print the text, then on stderr what was read and written and how large the state is."""
+    prompt = _prompt(options)
+    from newllm.cli.loading import load
+    from newllm.cli.turns import feed_with_progress, prompt_ids, show
+    from newllm.models.sampling import Sampling, generator
+    from newllm.models.session import Session
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    session = Session(model, tokenizer)
+    ids = prompt_ids(tokenizer, prompt, raw=options.raw)
+    feed_with_progress(session, ids)
+    started = time.perf_counter()
+    steps = session.stream(
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        generator=generator(options.seed, model.device),
+    )
+    written = show(tokenizer, (int(step) for step in steps if int(step) >= 0))
+    rate = written / (time.perf_counter() - started)
+    print(
+        f"{len(ids):,} tokens read, {written:,} written at {rate:.1f} tokens/s; "
+        f"state {session.state_bytes:,} bytes",
+        file=sys.stderr,
+    )
+
+
+def _prompt(options: Options) -> str:
+    parts = [] if options.prompt is None else [options.prompt]
+    if options.prompt_file is not None:
+        try:
+            parts.insert(0, options.prompt_file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_file {options.prompt_file} must be UTF-8 text: {error}") from error
+    if not any(parts):
+        raise ValueError("prompt must hold some text: give --prompt, --prompt-file, or both")
+    return "\n\n".join(parts)
