@@ -144,11 +144,12 @@ def _aligned_segments(
         index = past - phase[:, None] + torch.arange(count * segment, device=k.device)
         index = index.clamp(max=k.shape[2] - 1)
         k, v = take(k, index), take(v, index)
+    k, v = (x.to(compute).unflatten(2, (count, segment)) for x in (k, v))
+    if position is None and length is None and tokens % segment == 0:
+        return write_segments(k, v, None, feature)
     end = phase + (tokens if length is None else length)
     complete = torch.arange(1, count + 1, device=k.device) * segment <= end[:, None]
-    written = complete[..., None].expand(batch, count, segment)
-    k, v = (x.to(compute).unflatten(2, (count, segment)) for x in (k, v))
-    return write_segments(k, v, written, feature)
+    return write_segments(k, v, complete[..., None].expand(batch, count, segment), feature)
 
 
 def _recall(

@@ -142,11 +142,15 @@ def _segments(
     return write_segments(k, v, written[:, 0], feature)
 
 
-def write_segments(k: Tensor, v: Tensor, written: Tensor, feature: FeatureMap | None) -> Segments:
-    """Segments of keys ``k [B, H, N, S, K]``, of which those ``written [B, N, S]`` enter the memory."""
+def write_segments(k: Tensor, v: Tensor, written: Tensor | None, feature: FeatureMap | None) -> Segments:
+    """Segments of keys ``k [B, H, N, S, K]``; those ``written [B, N, S]`` enter the memory (None: all)."""
+    features = feature_map(k, feature)
+    if written is None:
+        tokens = torch.full((k.shape[0], k.shape[2]), k.shape[3], device=k.device)
+        return Segments(features, v, tokens)
     # The features are masked, not the keys: sigma(0) = 1 would leak padding into the norm.
     hidden = ~written[:, None, ..., None]
-    features = feature_map(k, feature).masked_fill(hidden, 0)
+    features = features.masked_fill(hidden, 0)
     return Segments(features, v.masked_fill(hidden, 0), written.sum(-1))
 
 
