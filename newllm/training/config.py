@@ -56,7 +56,7 @@ class TaskConfig:
     key_length: int = 3
     edge: float = 0.2
     straddle: float = 0.3
-    text_weight: float = 0.05
+    text_weight: float = 0.1
     dilution: float = 1024.0
 
 
