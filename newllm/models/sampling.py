@@ -49,10 +49,13 @@ def generator(seed: int | None, device: torch.device) -> torch.Generator:
 def next_token(
     logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Tokens ``[B]`` from ``logits [B, vocabulary]``; ``recent [B, N]`` are the last tokens (-1: none)."""
+    """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more.
+
+    ``recent [B, N]`` are the last tokens read, -1 standing for none.
+    """
     from transformers import generation
 
-    scores = _penalised(logits.float(), recent, sampling.repetition_penalty)
+    scores = _penalised(logits, recent, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return scores.argmax(-1)
     steps = generation.LogitsProcessorList([generation.TemperatureLogitsWarper(float(sampling.temperature))])

@@ -108,7 +108,7 @@ class Session:
             pass
 
     def score(self, text: Input) -> Tensor:
-        """Read ``text`` and return each token's negative log-likelihood in nats, ``[T]`` float32.
+        """Read ``text`` and return each token's negative log-likelihood in nats, ``[T]`` (float32 or more).
 
         The first token of a stream is not predicted by anything: NaN. For sessions of one row.
 
@@ -286,7 +286,7 @@ class Session:
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.lm_head(hidden)
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def _ids(row: Row, tokenizer: PreTrainedTokenizerBase | None, last: int) -> Tens
     else:
         words = tokenizer(row, add_special_tokens=False, verbose=False)
         ids = torch.tensor(words["input_ids"], dtype=torch.int64)
-    if ids.numel() and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) <= last:
-        raise ValueError(f"token ids must lie between 0 and {last}, got {low} to {high}")
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high > last:
+            raise ValueError(f"token ids must lie between 0 and {last}, got {low} to {high}")
     return ids
