@@ -51,6 +51,7 @@ def trained(
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
+    assert trainer.interrupted == any(isinstance(callback, PressCtrlC) for callback in callbacks)
     return made
 
 

@@ -34,7 +34,7 @@ class Options:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def run(options: Options) -> None:
+def run(options: Options) -> int:
     """Train, and leave model, metrics and configuration in the run's folder."""
     from newllm.backend import devices
     from newllm.data.text import load_text
@@ -62,8 +62,12 @@ def run(options: Options) -> None:
     )
     trainer = SenriTrainer(model, batches, options.train, record)
     trainer.train(resume_from_checkpoint=options.resume)
+    if trainer.interrupted:
+        print(f"interrupted after step {trainer.state.global_step}; --resume goes on from {checkpoints}")
+        return 130
     save_model(model, tokenizer, record.out / "model", overwrite=True)
     print(f"the model is in {record.out / 'model'}, its metrics in {record.metrics}")
+    return 0
 
 
 def _parts(options: Options, text: str) -> tuple[Any, Any, Any]:

@@ -39,11 +39,12 @@ class SenriTrainer(Trainer):
         progress: bool = True,
     ) -> None:
         self.config = config
+        self._interrupt = Interrupt()
         super().__init__(
             model,
             training_arguments(config, run, model),
             train_dataset=dataset,
-            callbacks=[RunLog(run, model), Interrupt(), *([Progress()] if progress else [])],
+            callbacks=[RunLog(run, model), self._interrupt, *([Progress()] if progress else [])],
         )
         if config.checkpointing:
             # Renamed in transformers 5.23; the old name goes with version 6.
@@ -52,6 +53,11 @@ class SenriTrainer(Trainer):
         # The weights of a batch already say what its tokens count.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the training before its last step."""
+        return self._interrupt.asked and self.state.global_step < self.state.max_steps
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The dataset's own batches, in order."""
