@@ -41,7 +41,7 @@ def write_snapshot(snapshot: Snapshot, model: SenriForCausalLM, path: Path) -> N
     for layer, state in enumerate(snapshot.states):
         fields = {} if state is None else state._asdict()
         tensors |= {f"{layer}.{name}": tensor for name, tensor in fields.items() if tensor is not None}
-    metadata = {"newllm_session": json.dumps(_identity(model))}
+    metadata = {"newllm_session": json.dumps({**_identity(model), "tensors": sorted(tensors)})}
     with written_whole(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
@@ -68,6 +68,9 @@ def read_snapshot(path: Path, model: SenriForCausalLM) -> Snapshot:
                 f"the session file {path} is of another model: {name} must be {value}, "
                 f"got {written.get(name)}"
             )
+    lacking = [name for name in written["tensors"] if name not in tensors]
+    if lacking:
+        raise ValueError(f"the session file {path} is damaged: it lacks {lacking[0]}")
     states = tuple(_state(tensors, layer) for layer in range(model.config.num_hidden_layers))
     return Snapshot(states, tensors.get("hidden"), tensors["pending"], tensors["recent"])
 
