@@ -362,6 +362,17 @@ def test_state_survives_no_grad_and_backward() -> None:
         assert carried.abs().min() > 0
 
 
+def test_a_single_token_is_trained_through_the_cache_of_a_stock_model() -> None:
+    model = open_gates(with_memory(tiny_base("llama"), window=8))
+    ids, cache = random_tokens(1, 9), DynamicCache()
+    model(ids[:, :8], past_key_values=cache)
+    before = cache.layers[0].state
+    kept = before.keys.detach().clone()
+    model(ids[:, 8:], past_key_values=cache).logits.sum().backward()
+    assert torch.equal(before.keys, kept)
+    assert largest(model.model.layers[0].self_attn.k_proj.weight.grad) > 0
+
+
 def test_senri_and_a_patched_llama_are_the_same_model() -> None:
     senri = tiny_senri(memory_layers=[0, 1, 2])
     assert isinstance(senri.config, SenriConfig)
