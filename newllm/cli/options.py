@@ -102,7 +102,7 @@ def _described(kind: type[Any]) -> dict[str, str]:
 
 
 def _add(parser: Any, option: Option) -> None:
-    help = option.help.replace("%", "%%").replace("``", "`")
+    help = option.help.replace("``", "`")
     if option.default is MISSING and not option.field.kw_only:
         parser.add_argument(option.key, type=option.type, metavar=option.key.upper(), help=help)
     elif option.default is MISSING:

@@ -1,0 +1,171 @@
+"""Options of commands: one dataclass behind flags, YAML, ``--print_config`` and ``--help``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from newllm.cli.options import parse
+from newllm.cli.presets import FOLDER
+
+
+@dataclass
+class Inner:
+    """A group.
+
+    Args:
+        rate: how fast. steps: how many.
+    """
+
+    rate: float = 0.5
+    steps: int = 3
+
+
+@dataclass
+class Options:
+    """Do something with `source`.
+
+    More about it.
+
+    Args:
+        source: where from.
+        out: where to, 100% of it.
+        window_size: keys that a query sees.
+        layers: which
+            of them.
+        kind: one of two.
+        fast: not slow.
+        careful: looks twice.
+        inner: the group.
+    """
+
+    source: str
+    out: str = field(kw_only=True)
+    window_size: int = 8
+    layers: list[int] | None = None
+    kind: Literal["a", "b"] = "a"
+    fast: bool = False
+    careful: bool = True
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+
+
+def parsed(*words: str) -> Any:
+    return parse(Options, list(words), name="newllm something")
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    assert parsed("x", "--out", "y") == Options("x", out="y")
+
+
+def test_flags_have_dashes_and_dots_and_their_own_types() -> None:
+    words = "x --out y --window-size 16 --layers [1,2] --kind b --fast --careful false --inner.rate 5e-3"
+    expected = Options("x", 16, [1, 2], "b", True, False, Inner(rate=5e-3), out="y")
+    assert parsed(*words.split()) == expected
+    assert parsed("--window-size=16", "--out=y", "x").window_size == 16
+
+
+def test_file_gives_options_and_later_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("out: y\nwindow_size: 16\nfast: true\ninner:\n  rate: 5e-3\n")
+    expected = Options("x", out="y", window_size=16, fast=True, inner=Inner(rate=5e-3))
+    assert parsed("x", "--config", str(file)) == expected
+    assert parsed(f"--config={file}", "x", "--inner.steps", "9").inner == Inner(5e-3, 9)
+    assert parsed("x", "--config", str(file), "--window-size", "4").window_size == 4
+
+
+def test_printed_configuration_is_a_file_of_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parsed("x", "--out", "y", "--inner.steps", "9", "--print_config") is None
+    printed = capsys.readouterr().out
+    content = yaml.safe_load(printed)
+    assert content["inner"] == {"rate": 0.5, "steps": 9}
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert parsed("x", "--config", str(tmp_path / "printed.yaml")) == Options(
+        "x", out="y", inner=Inner(steps=9)
+    )
+
+
+def test_help_says_what_the_docstring_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--help") is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Do something with `source`. More about it. positional" in said
+    for text in (
+        "SOURCE where from (",
+        "--out OUT where to, 100% of it (required",
+        "--window-size WINDOW_SIZE keys that a query sees (type: int, default: 8)",
+        "which of them (",
+        "--fast not slow (default: False)",
+        "--inner.rate RATE how fast (type: float, default: 0.5)",
+        "--inner.steps STEPS how many (type: int, default: 3)",
+    ):
+        assert text in said
+
+
+UNKNOWN = "is no option of 'newllm something'"
+PRESETS = f"preset must be one of {', '.join(sorted(path.stem for path in FOLDER.glob('*.yaml')))}, got"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("x --out y --windw-size 4", f"--windw-size {UNKNOWN}; did you mean --window-size?"),
+        ("x --out y --inner.step 4", f"--inner.step {UNKNOWN}; did you mean --inner.steps?"),
+        ("x --out y --window 4", f"--window {UNKNOWN}; did you mean --window-size?"),
+        ("x --out y --qqqq", f"--qqqq {UNKNOWN}"),
+        ("--out y", "the following arguments are required: source"),
+        ("x", "the following arguments are required: out"),
+        ("x z --out y", "unrecognized arguments: z"),
+        ("x --out", "argument --out: expected one argument"),
+        ("x --out y --window-size z", '"window_size": Expected a int. Got value: z'),
+        ("x --out y --kind c", "\"kind\": Expected a Literal['a', 'b']. Got value: c"),
+        ("x --out y --window-size 0", "window_size must be at least 1, got 0"),
+        ("x --out y --config dmo", f"{PRESETS} 'dmo'; did you mean 'demo'?"),
+        ("x --out y --config", "argument --config: expected one argument"),
+    ],
+    ids=str,
+)
+def test_wrong_words_are_told_in_one_sentence(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parsed(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("windw_size: 4", "{} has an unknown key 'windw_size'; did you mean window_size?"),
+        ("inner:\n  stepps: 4", "{} has an unknown key 'inner.stepps'; did you mean inner.steps?"),
+        ("- 1", "{} must hold 'key: value' lines"),
+        ("", "{} must hold 'key: value' lines"),
+        ("a: [", "{} is no YAML: "),
+    ],
+    ids=str,
+)
+def test_wrong_files_are_told_in_one_sentence(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="the configuration file") as error:
+        parsed("x", "--out", "y", "--config", str(file))
+    assert str(error.value).startswith(f"the configuration file {message.format(file)}")
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "none.yaml"
+    with pytest.raises(FileNotFoundError, match=f"there is no configuration file {file}"):
+        parsed("x", "--out", "y", "--config", str(file))
+
+
+def test_values_of_the_wrong_type_in_a_file_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("inner: {rate: fast}")
+    with pytest.raises(ValueError, match=r"^\"inner.rate\": "):
+        parsed("x", "--out", "y", "--config", str(file))
