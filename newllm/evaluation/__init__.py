@@ -1,0 +1,1 @@
+"""Measurements of trained models: recall of passkeys, perplexity by position, and their pictures."""

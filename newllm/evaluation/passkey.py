@@ -1,0 +1,160 @@
+"""Recall of a key hidden in real text, by length of the text and by depth of the key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from newllm.data.passkey import PasskeyBatch, PasskeyTask, batch
+from newllm.evaluation.intervals import wilson95
+from newllm.models.senri import SenriForCausalLM
+from newllm.models.session import Session
+
+
+class Cell(NamedTuple):
+    """Share ``score`` of ``samples`` prompts of ``length`` tokens whose key, at ``depth``, came back whole.
+
+    ``ci95`` is Wilson's interval.
+    """
+
+    length: int
+    depth: float
+    samples: int
+    score: float
+    ci95: tuple[float, float]
+
+
+def passkey_recall(
+    model: PreTrainedModel,
+    task: PasskeyTask,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    reach: int,
+    seed: int,
+    batch_tokens: int = 32768,
+    progress: bool = True,
+    on_cell: Callable[[Cell], None] | None = None,
+) -> list[Cell]:
+    """Exact-match recall in every cell of ``lengths`` (tokens) x ``depths`` (0 to 1).
+
+    The answer is forced: it is right when each of its digits is the likeliest given those before it, which
+    is when greedy decoding would give it. Short prompts are read side by side, ``batch_tokens`` tokens in
+    all; longer ones in pieces of that size through the model's cache, so that a state of constant size
+    bounds the memory taken. Prompts depend on (seed, length, depth) and the task alone: every model sees
+    the same ones.
+
+    Args:
+        model: a causal model of transformers; used in evaluation mode, on its device.
+        samples: prompts of a cell.
+        reach: tokens before the question that the key keeps out of (layers * window: all that stacked
+            windows can see).
+        on_cell: called with each cell as soon as it is measured.
+
+    Raises:
+        ValueError: for a length too short for the task, a depth outside [0, 1], ``samples`` below 1, or
+            ``batch_tokens`` below the answer's length.
+    """
+    _check(task, lengths, depths, samples, reach, batch_tokens)
+    cells = []
+    total = sum(lengths) * len(depths) * samples
+    with _evaluating(model), tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        for length in lengths:
+            for depth in depths:
+                bar.set_description(f"recall of {length} tokens, depth {depth:g}")
+                right = 0
+                rows = max(1, batch_tokens // length)
+                for prompts in _prompts(task, length, depth, samples, rows, reach, seed):
+                    right += _count_right(model, prompts, batch_tokens // len(prompts.answers))
+                    bar.update(length * len(prompts.answers))
+                cells.append(Cell(length, depth, samples, right / samples, wilson95(right, samples)))
+                if on_cell is not None:
+                    on_cell(cells[-1])
+    return cells
+
+
+def state_bytes(model: SenriForCausalLM, length: int) -> int:
+    """Bytes of all layers' states after reading ``length`` tokens."""
+    session = Session(model)
+    session.feed(torch.zeros(length, dtype=torch.int64))
+    return session.state_bytes
+
+
+def cell_generator(seed: int, length: int, depth: float) -> torch.Generator:
+    """The generator that draws a cell's prompts."""
+    digest = hashlib.sha256(f"{seed} {length} {float(depth)!r}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _prompts(
+    task: PasskeyTask, length: int, depth: float, samples: int, rows: int, reach: int, seed: int
+) -> Iterator[PasskeyBatch]:
+    """A cell's prompts, ``rows`` at a time, drawn one by one so that they do not depend on ``rows``."""
+    generator = cell_generator(seed, length, depth)
+    for start in range(0, samples, rows):
+        drawn = [
+            batch(task, length=length, samples=1, generator=generator, depth=depth, reach=reach)
+            for _ in range(min(rows, samples - start))
+        ]
+        ids, answers, starts = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
+        yield PasskeyBatch(ids, answers, starts, task.needle_length)
+
+
+def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int) -> int:
+    answers = prompts.answers.to(model.device)
+    keep = answers.shape[1]
+    logits = _last_logits(model, prompts.input_ids, keep, max(chunk, keep))
+    return int((logits.argmax(-1) == answers).all(1).sum())
+
+
+@torch.inference_mode()
+def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int) -> Tensor:
+    """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``."""
+    cache = DynamicCache(config=model.config)
+    # The odd piece comes first, so that the last one holds the whole answer.
+    whole, odd = divmod(ids.shape[1], chunk)
+    for part in ids.split([odd] * (odd > 0) + [chunk] * whole, 1):
+        out = model(part.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    logits: Tensor = out.logits
+    return logits
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _check(
+    task: PasskeyTask,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    reach: int,
+    batch_tokens: int,
+) -> None:
+    """All that could otherwise fail after hours."""
+    for name, values in (("lengths", lengths), ("depths", depths)):
+        if not values:
+            raise ValueError(f"{name} must hold at least one number, got none")
+    for length in lengths:
+        task.last_start(length, reach)
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depths must lie between 0 and 1, got {depth}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if batch_tokens < task.key_length:
+        raise ValueError(f"batch_tokens must be at least {task.key_length}, got {batch_tokens}")
