@@ -65,7 +65,7 @@ def passkey_recall(
     """
     _check(task, lengths, depths, samples, reach, batch_tokens)
     cells = []
-    total = sum(lengths) * len(depths) * samples
+    total = sum(length + task.key_length - 1 for length in lengths) * len(depths) * samples
     with _evaluating(model), tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
         for length in lengths:
             for depth in depths:
@@ -73,8 +73,7 @@ def passkey_recall(
                 right = 0
                 rows = max(1, batch_tokens // length)
                 for prompts in _prompts(task, length, depth, samples, rows, reach, seed):
-                    right += _count_right(model, prompts, batch_tokens // len(prompts.answers))
-                    bar.update(length * len(prompts.answers))
+                    right += _count_right(model, prompts, batch_tokens // len(prompts.answers), bar)
                 cells.append(Cell(length, depth, samples, right / samples, wilson95(right, samples)))
                 if on_cell is not None:
                     on_cell(cells[-1])
@@ -108,21 +107,22 @@ def _prompts(
         yield PasskeyBatch(ids, answers, starts, task.needle_length)
 
 
-def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int) -> int:
+def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar: tqdm) -> int:
     answers = prompts.answers.to(model.device)
     keep = answers.shape[1]
-    logits = _last_logits(model, prompts.input_ids, keep, max(chunk, keep))
+    logits = _last_logits(model, prompts.input_ids, keep, max(chunk, keep), bar)
     return int((logits.argmax(-1) == answers).all(1).sum())
 
 
 @torch.inference_mode()
-def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int) -> Tensor:
+def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int, bar: tqdm) -> Tensor:
     """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``."""
     cache = DynamicCache(config=model.config)
     # The odd piece comes first, so that the last one holds the whole answer.
     whole, odd = divmod(ids.shape[1], chunk)
     for part in ids.split([odd] * (odd > 0) + [chunk] * whole, 1):
         out = model(part.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        bar.update(part.numel())
     logits: Tensor = out.logits
     return logits
 
