@@ -42,17 +42,16 @@ def run_get(options: GetOptions) -> None:
 
 
 def corpora_table() -> Table:
-    """All that can be fetched: what it is, its size and licence, and where it lies."""
+    """All that can be fetched: what it is, its size and licence, and whether it has been."""
     from rich.table import Table
 
-    from newllm.data.corpora import corpus_path, default_cache_dir, is_fetched, list_corpora
+    from newllm.data.corpora import default_cache_dir, is_fetched, list_corpora
 
     title = f"data in {default_cache_dir()}"
     table = Table("name", "what", "download", "licence", "fetched", title=title, title_justify="left")
     for corpus in list_corpora():
-        place = corpus_path(corpus.name).relative_to(default_cache_dir())
-        fetched = str(place) if is_fetched(corpus.name) else f"newllm data get {corpus.name}"
         size = f"{corpus.package.size / 1e6:.1f} MB"
+        fetched = "yes" if is_fetched(corpus.name) else "no"
         table.add_row(corpus.name, corpus.what, size, corpus.licence, fetched)
     return table
 
