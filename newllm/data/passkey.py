@@ -1,4 +1,4 @@
-"""The passkey task at token level: a key early in real text, asked for at its end (prototypes: 11.15).
+"""The passkey task at token level: a key early in real text, asked for at its end.
 
 Sizes: N tokens of filler, B samples, K digits of the key.
 """
