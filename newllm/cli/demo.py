@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     from newllm.data.text import embedded_corpus
     from newllm.evaluation.passkey import state_bytes
     from newllm.models.files import save_model
-    from newllm.runs import Run
+    from newllm.runs import Run, provenance
     from newllm.training.scratch import scratch_model, window_only
 
     started = time.monotonic()
@@ -80,6 +80,7 @@ def run(options: Options) -> None:
         "recall": recall,
         "state_bytes": sizes,
         "seconds": round(time.monotonic() - started, 1),
+        "provenance": provenance(recipe.train.seed),
     }
     _show(console, record, results, sample)
 
@@ -152,13 +153,13 @@ def _show(console: Any, record: Any, results: dict[str, Any], sample: str) -> No
     path = record.result("results.json", results)
     picture = record.plot("recall.png", recall_figure(results))
     (Path(record.out) / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    table = Table(title="Exact-match recall of a hidden key, by length and depth")
-    for column in ("model", "length", *(f"depth {depth:g}" for depth in DEPTHS)):
+    table = Table(title="Exact-match recall of a hidden key, by length in windows and by depth")
+    for column in ("model", "windows", *(f"{depth:g}" for depth in DEPTHS)):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, lengths in results["recall"].items():
         for multiple, depths in lengths.items():
             scores = [f"{score:.2f}" for score in depths.values()]
-            table.add_row(name.replace("_", " "), f"{multiple}x window", *scores)
+            table.add_row(name.replace("_", " "), multiple, *scores)
     console.print()
     console.print(table)
     sizes = ", ".join(f"{size:,} at {length} tokens" for length, size in results["state_bytes"].items())
