@@ -22,6 +22,7 @@ LAYERS = (
     {"models", "data", "runs", "testing"},
     {"training", "evaluation", "distributed"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 COMPILED = {"kernels", "_C"}

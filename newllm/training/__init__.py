@@ -1,0 +1,1 @@
+"""How Senri is trained: samples, optimiser groups, and transformers' Trainer."""
