@@ -26,7 +26,7 @@ from newllm.training.scratch import scratch_model, window_only
 from newllm.training.trainer import SenriTrainer
 
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, heads=2, window=8, memory_layers=[1])
-TASK = TaskConfig(lengths=[16, 32], tokens_per_step=128, dilution=8)
+TASK = TaskConfig(lengths=[16, 32], tokens_per_step=128, max_rows=6, dilution=8)
 SEGMENT = 8
 
 
@@ -110,7 +110,7 @@ def test_batches_follow_the_curriculum_and_repeat() -> None:
     data = batches()
     assert len(data) == 20
     shapes = [tuple(batch["input_ids"].shape) for batch in data]
-    assert shapes == [(8, 16)] * 10 + [(4, 32)] * 10
+    assert shapes == [(6, 16)] * 10 + [(4, 32)] * 10
     again = list(batches())
     for first, second in zip(data, again, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)

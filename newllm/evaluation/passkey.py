@@ -117,11 +117,13 @@ def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar:
 @torch.inference_mode()
 def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int, bar: tqdm) -> Tensor:
     """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``."""
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if ids.shape[1] > chunk else None
     # The odd piece comes first, so that the last one holds the whole answer.
     whole, odd = divmod(ids.shape[1], chunk)
     for part in ids.split([odd] * (odd > 0) + [chunk] * whole, 1):
-        out = model(part.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        out = model(
+            part.to(model.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep
+        )
         bar.update(part.numel())
     logits: Tensor = out.logits
     return logits

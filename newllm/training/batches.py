@@ -50,7 +50,7 @@ class NeedleBatches(IterableDataset[dict[str, Tensor]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         progress = step / self.steps
         length = config.lengths[int(progress * len(config.lengths))]
-        rows = config.tokens_per_step // length
+        rows = min(config.tokens_per_step // length, config.max_rows)
         needles = round(config.needle_share * rows)
         ids, weight, kept = self._needles(length, needles, generator)
         text = random_blocks(self.task.filler, length, rows - needles, generator)

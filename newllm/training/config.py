@@ -41,7 +41,8 @@ class TaskConfig:
 
     Args:
         lengths: tokens of a sample, in equal shares of the training.
-        tokens_per_step: tokens of a batch.
+        tokens_per_step: most tokens of a batch.
+        max_rows: most samples of a batch.
         needle_share: share of the samples that hide a key; the others are text alone.
         key_length: digits of a key.
         edge: share of keys at the very first token.
@@ -51,7 +52,8 @@ class TaskConfig:
     """
 
     lengths: list[int] = field(default_factory=lambda: [32, 64, 128, 192])
-    tokens_per_step: int = 6144
+    tokens_per_step: int = 4096
+    max_rows: int = 64
     needle_share: float = 1.0
     key_length: int = 3
     edge: float = 0.2
@@ -80,7 +82,7 @@ class TrainConfig:
         seed: seed of weights and data.
     """
 
-    steps: int = 500
+    steps: int = 600
     lr: float = 2e-3
     warmup_steps: int = 50
     memory_multiplier: float = 10.0
