@@ -109,12 +109,17 @@ def test_perplexity_refuses_what_has_nothing_to_predict() -> None:
         streamed(Session(tiny_senri()), random_tokens(1))
 
 
-def test_resident_memory_grows_with_what_is_held() -> None:
-    before = process.resident_bytes()
-    held = torch.ones(8 << 20)
-    grown = process.resident_bytes() - before
+def test_resident_memory_is_what_is_held() -> None:
+    """Memory counts while it is held, in one piece or many, and no longer."""
+    for blocks, size in ((1, 8 << 20), (4096, 2048)):
+        before = process.resident_bytes()
+        held = [torch.ones(size) for _ in range(blocks)]
+        grown = process.resident_bytes() - before
+        expected = sum(tensor.nbytes for tensor in held)
+        assert expected * 3 // 4 < grown < expected * 2
+        del held
+        assert process.resident_bytes() - before < expected // 4
     assert before > 50 << 20
-    assert held.nbytes * 3 // 4 < grown < held.nbytes * 2
 
 
 def test_peak_memory_stands_in_where_the_system_does_not_tell(
