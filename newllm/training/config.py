@@ -28,7 +28,7 @@ class ModelConfig:
     layers: int = 2
     heads: int = 2
     kv_heads: int | None = None
-    window: int = 32
+    window: int = 16
     segment: int | None = None
     memory_layers: list[int] | None = None
     gate: Literal["sigmoid", "tanh"] = "tanh"
@@ -51,7 +51,7 @@ class TaskConfig:
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
     """
 
-    lengths: list[int] = field(default_factory=lambda: [32, 64, 128, 192])
+    lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
     tokens_per_step: int = 4096
     max_rows: int = 64
     needle_share: float = 1.0
@@ -82,7 +82,7 @@ class TrainConfig:
         seed: seed of weights and data.
     """
 
-    steps: int = 600
+    steps: int = 640
     lr: float = 2e-3
     warmup_steps: int = 50
     memory_multiplier: float = 10.0
