@@ -38,14 +38,15 @@ class Reader(nn.Module):
         self.prompts: list[Tensor] = []
 
     def forward(self, ids: Tensor, *, past_key_values: Any, use_cache: bool, logits_to_keep: int) -> Any:
-        assert use_cache
+        assert use_cache == (past_key_values is not None)
         assert not self.training
         assert torch.is_inference_mode_enabled()
         self.calls.append(tuple(ids.shape))
         seen = torch.cat([*getattr(past_key_values, "seen", []), ids], 1)
         if not hasattr(past_key_values, "seen"):
             self.prompts.append(seen)
-        past_key_values.seen = [seen]
+        if use_cache:
+            past_key_values.seen = [seen]
         answers = self.rule(seen, logits_to_keep)
         return SimpleNamespace(logits=F.one_hot(answers, BYTE_SIZES["vocab_size"]).float())
 
@@ -95,9 +96,9 @@ def test_recall_counts_the_share_of_whole_answers() -> None:
 
 def test_short_prompts_are_read_side_by_side_and_long_ones_in_pieces() -> None:
     model = Reader(oracle)
-    measured(model, lengths=[40], depths=[0.5], samples=5, batch_tokens=80)
-    # 40 tokens and all of the answer but its last token; two at a time do not fit into one pass of 80.
-    assert model.calls == [(2, 2), (2, 40), (2, 2), (2, 40), (1, 42)]
+    # 40 tokens and all of the answer but its last token.
+    measured(model, lengths=[40], depths=[0.5], samples=5, batch_tokens=84)
+    assert model.calls == [(2, 42), (2, 42), (1, 42)]
     model.calls.clear()
     measured(model, lengths=[130], depths=[0.5], samples=1, batch_tokens=50)
     assert model.calls == [(1, 32), (1, 50), (1, 50)]

@@ -110,6 +110,7 @@ def run_perplexity(options: PerplexityOptions) -> None:
     ids = encode(tokenizer, text.text)
     _check_length(ids, text, _window(model))
     record = Run(_folder(options.out, "perplexity", options.model), _config(options, text), seed=0)
+    head = commit()
     report = perplexity_by_position(
         session, ids[: options.max_tokens], on_chunk=lambda chunk: record.log(**chunk._asdict())
     )
@@ -124,7 +125,7 @@ def run_perplexity(options: PerplexityOptions) -> None:
             "score": cell.perplexity,
             "ci95": cell.perplexity_ci95,
             "seed": None,
-            "commit": commit(),
+            "commit": head,
         }
         for cell in (*report.bins, report.total)
     ]
@@ -157,6 +158,7 @@ def run_passkey(options: PasskeyOptions) -> None:
     for length in lengths:
         task.last_start(length, reach)
     record = Run(_folder(options.out, "passkey", options.model), _config(options, text), seed=options.seed)
+    head = commit()
     rows: list[dict[str, Any]] = []
     recall: dict[str, list[Cell]] = {}
     for name in ("memory", "window_only") if options.control else ("memory",):
@@ -165,7 +167,7 @@ def run_passkey(options: PasskeyOptions) -> None:
         shared = {"suite": "passkey", "model": options.model, "memory": name == "memory", "reach": reach}
 
         def keep(cell: Cell, shared: dict[str, Any] = shared) -> None:
-            rows.append({**shared, **cell._asdict(), "seed": options.seed, "commit": commit()})
+            rows.append({**shared, **cell._asdict(), "seed": options.seed, "commit": head})
             record.log(**rows[-1])
 
         recall[name] = passkey_recall(
