@@ -71,7 +71,7 @@ def passkey_recall(
             for depth in depths:
                 bar.set_description(f"recall of {length} tokens, depth {depth:g}")
                 right = 0
-                rows = max(1, batch_tokens // length)
+                rows = max(1, batch_tokens // (length + task.key_length - 1))
                 for prompts in _prompts(task, length, depth, samples, rows, reach, seed):
                     right += _count_right(model, prompts, batch_tokens // len(prompts.answers), bar)
                 cells.append(Cell(length, depth, samples, right / samples, wilson95(right, samples)))
@@ -117,6 +117,7 @@ def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar:
 @torch.inference_mode()
 def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int, bar: tqdm) -> Tensor:
     """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``."""
+    # Without a cache nothing need be kept of prompts that one pass reads.
     cache = DynamicCache(config=model.config) if ids.shape[1] > chunk else None
     # The odd piece comes first, so that the last one holds the whole answer.
     whole, odd = divmod(ids.shape[1], chunk)
