@@ -27,10 +27,10 @@ class Run:
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({**config, "provenance": provenance(seed)}, sort_keys=False)
-        self._write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        self.text("config.yaml", text)
         self.metrics = self.out / "metrics.jsonl"
         if not (resume and self.metrics.exists()):
-            self._write("metrics.jsonl", lambda path: path.write_text("", encoding="utf-8"))
+            self.text("metrics.jsonl", "")
 
     def log(self, **row: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -39,7 +39,10 @@ class Run:
 
     def result(self, name: str, data: Any) -> Path:
         """Write ``data`` as JSON under ``name``."""
-        text = json.dumps(data, indent=2) + "\n"
+        return self.text(name, json.dumps(data, indent=2) + "\n")
+
+    def text(self, name: str, text: str) -> Path:
+        """Write ``text`` under ``name``."""
         return self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def plot(self, name: str, figure: Any) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from newllm.cli.options import parse
@@ -152,7 +151,7 @@ def _show(console: Any, record: Any, results: dict[str, Any], sample: str) -> No
 
     path = record.result("results.json", results)
     picture = record.plot("recall.png", recall_figure(results))
-    (Path(record.out) / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    record.text("sample.txt", sample + "\n")
     table = Table(title="Exact-match recall of a hidden key, by length in windows and by depth")
     for column in ("model", "windows", *(f"{depth:g}" for depth in DEPTHS)):
         table.add_column(column, justify="left" if column == "model" else "right")

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from newllm.reference.infini import gate_value
 from newllm.types import FeatureMap, GateKind
 
 
@@ -32,8 +33,7 @@ class MemoryGate(nn.Module):
 
     def openness(self) -> Tensor:
         """g per head ``[H]``, detached."""
-        weight = self.weight.detach().float()
-        return weight.sigmoid() if self.kind == "sigmoid" else weight.tanh()
+        return gate_value(self.weight.detach().float(), self.kind)
 
 
 class MemoryFeature(nn.Module):
