@@ -7,7 +7,6 @@ wins over :func:`use_backend`, which wins over the automatic choice. A named bac
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import TracebackType
@@ -19,7 +18,7 @@ Backend = Literal["reference", "fused"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # Operator -> the device types for which it has a fused implementation.
-FUSED: Mapping[str, frozenset[str]] = {
+FUSED: dict[str, frozenset[str]] = {
     "memory_update": frozenset(),
     "memory_retrieve": frozenset(),
     "memory_scan": frozenset(),
@@ -33,14 +32,19 @@ FUSED: Mapping[str, frozenset[str]] = {
 _chosen: Backend | None = None
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> Backend:
+def resolve(
+    op: str, device: torch.device, backend: str | None = None, unsupported: str | None = None
+) -> Backend:
     """The backend that operator ``op`` takes on ``device``; traceable by ``torch.compile(fullgraph=True)``.
 
     ``backend`` is the operator's own argument; ``None`` leaves the choice to :func:`use_backend` and,
-    without one, takes the fused implementation where there is one.
+    without one, takes the fused implementation where there is one. ``unsupported`` says what the fused
+    implementation does not offer of this call (None: it offers all); the automatic choice then takes
+    the reference.
 
-    Raises ValueError for an unknown operator or backend, RuntimeError when "fused" is asked for, here
-    or through :func:`use_backend`, and ``op`` has no fused implementation for ``device``.
+    Raises ValueError for an unknown operator or backend. When "fused" is asked for, here or through
+    :func:`use_backend`: RuntimeError if ``op`` has no fused implementation for ``device``, ValueError
+    if it has one that does not support this call.
     """
     if op not in FUSED:
         raise ValueError(f"op must be one of {', '.join(FUSED)}; got {op!r}")
@@ -48,9 +52,11 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> Backen
     available = device.type in FUSED[op]
     if named == "fused" and not available:
         raise RuntimeError(f"backend 'fused' cannot run: {_why_not_fused(op, device)}")
+    if named == "fused" and unsupported is not None:
+        raise ValueError(f"backend 'fused' cannot run {op}: {unsupported}")
     if named is not None:
         return named
-    return "fused" if available else "reference"
+    return "fused" if available and unsupported is None else "reference"
 
 
 class use_backend:

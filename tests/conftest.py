@@ -15,6 +15,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from newllm import backend
+
+# Read when a kernel's file is first imported: without a GPU, Triton's interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One thread: the tensors of tests are small, and sums come out alike whatever the machine.
 torch.set_num_threads(1)
 
@@ -31,6 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def fused_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device that runs kernels: "cuda", or "cpu" where the interpreter takes their place."""
+    if torch.cuda.is_available():
+        return "cuda"
+    for op, devices in backend.FUSED.items():
+        if "cuda" in devices:
+            monkeypatch.setitem(backend.FUSED, op, devices | {"cpu"})
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

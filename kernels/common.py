@@ -1,0 +1,31 @@
+"""What the kernels share: matrix products, the feature map, rotation."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
+    """``acc + a @ b`` in float32; PRECISION matters to float32 operands only."""
+    if INTERPRETED:
+        # The interpreter's own product of bfloat16 is wrong.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def features(x, scale, bias):
+    """ELU(scale x + bias) + 1 in float32."""
+    u = x.to(tl.float32) * scale + bias
+    # Not exp(u) - 1 + 1, which cancels.
+    return tl.where(u > 0, u + 1, tl.exp(tl.minimum(u, 0.0)))
+
+
+@triton.jit
+def features_slope(feature):
+    """The derivative of ELU(u) + 1 by u, from its value."""
+    return tl.minimum(feature, 1.0)
