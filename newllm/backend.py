@@ -22,9 +22,9 @@ FUSED: dict[str, frozenset[str]] = {
     "memory_update": frozenset(),
     "memory_retrieve": frozenset(),
     "memory_scan": frozenset(),
-    "window_attention": frozenset(),
-    "infini_attention": frozenset(),
-    "infini_decode": frozenset(),
+    "window_attention": frozenset({"cuda"}),
+    "infini_attention": frozenset({"cuda"}),
+    "infini_decode": frozenset({"cuda"}),
     "context_sweep": frozenset(),
 }
 
@@ -106,7 +106,7 @@ def build_info() -> dict[str, str]:
     """Versions, the native extension and the devices, as text: for ``newllm doctor`` and for run records."""
     from newllm import __version__
 
-    packages = {name: _installed(name) for name in ("triton", "transformers")}
+    packages = {name: version_of(name) for name in ("triton", "transformers")}
     return {
         "newllm": __version__,
         "python": platform.python_version(),
@@ -115,6 +115,20 @@ def build_info() -> dict[str, str]:
         "native": _native(),
         "devices": ", ".join(_describe(device) for device in devices()),
     }
+
+
+def installed(module: str) -> bool:
+    """Whether ``module``, a dotted name, can be found; the packages around it are imported to look."""
+    parts = module.split(".")
+    return all(find_spec(".".join(parts[:depth])) is not None for depth in range(1, len(parts) + 1))
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _checked(name: str) -> Backend:
@@ -135,13 +149,6 @@ def _explain(op: str, device: torch.device) -> Choice:
     if _chosen == "fused" and not available:
         return Choice(op, str(device), None, f"use_backend('fused'), but {_why_not_fused(op, device)}")
     return Choice(op, str(device), _chosen, f"use_backend({_chosen!r})")
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _native() -> str:

@@ -20,7 +20,7 @@ LAYERS = (
     {"ops"},
     {"modules"},
     {"models", "data", "runs", "testing"},
-    {"training", "evaluation", "distributed"},
+    {"training", "evaluation", "distributed", "measuring"},
     {"cli"},
     {"__main__"},
 )

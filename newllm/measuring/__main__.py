@@ -1,0 +1,37 @@
+"""``python -m newllm.measuring layer --peers all``: ``newllm bench`` with the standard library's parser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from newllm.measuring import SUITES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one suite and print its tables; 2 where a gate is red or a name is unknown."""
+    from newllm.measuring.session import RESULTS, run
+
+    parser = argparse.ArgumentParser(prog="python -m newllm.measuring")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--peers", default="all")
+    parser.add_argument("--shapes", nargs="*", default=[])
+    parser.add_argument("--variants", nargs="*", default=[])
+    parser.add_argument("--out", default=RESULTS)
+    parser.add_argument("--commit")
+    parser.add_argument("--device")
+    parser.add_argument("--seconds", type=float)
+    options = vars(parser.parse_args(argv))
+    try:
+        report = run(**options)
+    except (ValueError, RuntimeError) as error:
+        print(f"newllm.measuring: {error}", file=sys.stderr)
+        return 2
+    from newllm.measuring.tables import grids, notes
+
+    print("\n\n".join(["\n".join(notes(report)), *(grid.plain() for grid in grids(report))]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""One measurement from beginning to end: gate, ceilings, warm-up, turns, rows."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import uuid
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm import backend as backends
+from newllm.measuring.entries import OURS, Attempt, Entry, Prepared, call_of
+from newllm.measuring.ours import Site, absent
+from newllm.measuring.peers import PEERS, chosen, refusal
+from newllm.measuring.rows import Row, write_rows
+from newllm.measuring.suites import SUITES, Suite, groups
+from newllm.measuring.timing import Call, Clock
+from newllm.measuring.work import Ceilings, measure_ceilings
+from newllm.runs import commit as checkout_commit
+
+RESULTS = Path("benchmarks/results")
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+_WARM_CALLS = 2
+Say = Callable[[str], object]
+
+
+class RedGate(RuntimeError):
+    """An operator's results are wrong: nothing has been timed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a run, and what was asked for and is not among them, each with its reason."""
+
+    suite: str
+    rows: list[Row]
+    left_out: list[str]
+
+
+def run(
+    suite: str,
+    *,
+    peers: str = "all",
+    shapes: Collection[str] = (),
+    variants: Collection[str] = (),
+    out: Path | str = RESULTS,
+    commit: str | None = None,
+    device: str | None = None,
+    seconds: float | None = None,
+    say: Say = print,
+) -> Report:
+    """Judge, then time ``suite``, and write ``<out>/<suite>.jsonl`` after each group of rows.
+
+    Args:
+        suite: a name of ``SUITES``.
+        peers: ``all``, ``none`` or names of ``PEERS`` with commas.
+        shapes, variants: only these of the suite's shapes and of newllm's own variants; empty: all.
+        commit: recorded in the rows (None: the checkout's).
+        device: ``cpu`` or ``cuda`` (None: the first accelerator, or else the CPU).
+        seconds: time for the turns of each group (None: the suite's own).
+        say: takes a line of progress at a time.
+
+    Raises:
+        RedGate: when one of newllm's own results breaks the error rule; no time is taken or told then.
+        ValueError: for a name that there is not.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
+    asked = SUITES[suite]
+    place = _device(device)
+    site = Site(place, DTYPES[place.type])
+    names = chosen(peers, asked.peers)
+    refused = {name: why for name in names if (why := refusal(PEERS[name], place)) is not None}
+    makers = {name: PEERS[name].entries for name in names if name not in refused}
+    left_out = [*(why for op in asked.ops if (why := absent(op, place)) is not None), *refused.values()]
+    found = _only(groups(asked, site, makers, shapes), variants)
+    _gate([entry for _, group in found for entry in group], say)
+    clock = Clock(place)
+    ceilings = measure_ceilings(clock, site.dtype)
+    shared = _shared(suite, site, ceilings, commit)
+    rows: list[Row] = []
+    for direction, group in found:
+        say(f"{suite}: {group[0].shape.name} {direction}, {len(group)} entries")
+        rows += _group(asked, group, direction, clock, shared, ceilings, seconds)
+        write_rows(Path(out) / f"{suite}.jsonl", rows)
+    return Report(suite, rows, left_out)
+
+
+def _device(name: str | None) -> torch.device:
+    devices = backends.devices()
+    if name is None:
+        return devices[min(1, len(devices) - 1)]
+    for device in devices:
+        if name in (device.type, str(device)):
+            return device
+    raise ValueError(f"device must be one of {', '.join(map(str, devices))}; got {name!r}")
+
+
+def _only(found: list[tuple[str, list[Entry]]], variants: Collection[str]) -> list[tuple[str, list[Entry]]]:
+    own = {entry.variant for _, group in found for entry in group if entry.impl in OURS}
+    if unknown := sorted({*variants} - own):
+        raise ValueError(f"variants must be some of {', '.join(sorted(own))}; got {', '.join(unknown)}")
+    return [
+        (direction, [e for e in group if not variants or e.impl not in OURS or e.variant in variants])
+        for direction, group in found
+    ]
+
+
+def _gate(entries: list[Entry], say: Say) -> None:
+    judged = {entry.name: entry for entry in entries if entry.judge is not None}
+    red = []
+    for name, entry in judged.items():
+        assert entry.judge is not None
+        say(f"judging {name}")
+        with Attempt() as attempt:
+            entry.judge()
+        if attempt.error is not None:
+            red.append(f"{name}: {attempt.error}")
+    _release()
+    if red:
+        raise RedGate(f"results are wrong, so nothing is timed: {'; '.join(red)}")
+
+
+def _shared(suite: str, site: Site, ceilings: Ceilings, commit: str | None) -> dict[str, Any]:
+    """The fields that all rows of a run have in common."""
+    info = backends.build_info()
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "suite": suite,
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "peak_tflops": ceilings.flops / 1e12,
+        "peak_gbs": ceilings.bandwidth / 1e9,
+        "device": cpu if site.device.type == "cpu" else torch.cuda.get_device_name(site.device),
+        "torch": info["torch"],
+        "triton": info["triton"],
+        "commit": commit or checkout_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": uuid.uuid4().hex[:12],
+    }
+
+
+def _group(
+    suite: Suite,
+    group: list[Entry],
+    direction: str,
+    clock: Clock,
+    shared: dict[str, Any],
+    ceilings: Ceilings,
+    seconds: float | None,
+) -> list[Row]:
+    """Warm each entry up, let them take turns, and release what they hold."""
+    prepared: dict[str, Prepared] = {}
+    calls: dict[str, Call] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for entry in group:
+        with Attempt() as attempt:
+            ready = entry.prepare()
+            call = call_of(ready, direction)
+            for _ in range(_WARM_CALLS if suite.rounds[0] > 1 else 1):
+                call()
+            found[entry.name] = {"gib": clock.extra_gib(call) if suite.rounds[0] > 1 else None}
+            prepared[entry.name], calls[entry.name] = ready, call
+        if attempt.error is not None:
+            found[entry.name] = {"error": attempt.error}
+            _release()
+    timed = clock.race(calls, seconds=suite.seconds if seconds is None else seconds, rounds=suite.rounds)
+    for name, took in timed.items():
+        times = {"ms": took.ms, "ms_low": took.low, "ms_high": took.high, "host_ms": took.host_ms}
+        once = {field: ms / prepared[name].repeats for field, ms in times.items()}
+        found[name] |= {**once, "rounds": took.rounds, "detail": prepared[name].detail()}
+    rows = [_row(entry, direction, ceilings, {**shared, **found[entry.name]}) for entry in group]
+    prepared.clear()
+    calls.clear()
+    _release()
+    return rows
+
+
+def _row(entry: Entry, direction: str, ceilings: Ceilings, measured: dict[str, Any]) -> Row:
+    least = entry.work(direction)
+    sizes = {name: size for name, size in entry.shape._asdict().items() if name != "name"}
+    nothing = dict.fromkeys(("ms", "ms_low", "ms_high", "host_ms", "gib", "detail", "error"))
+    what = {"op": entry.op, "impl": entry.impl, "variant": entry.variant, "direction": direction}
+    floor = {"floor_ms": ceilings.floor_ms(least), "flops": least.flops, "bytes": least.bytes}
+    return Row(**{**nothing, "rounds": 0, **what, "shape": entry.shape.name, **sizes, **floor, **measured})
+
+
+def _release() -> None:
+    """Give memory back between groups: a failure's traceback or a cycle may still hold tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,94 @@
+"""The suites: which computations meet, at which shapes, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+
+from newllm.measuring import ours, shapes, work
+from newllm.measuring.decoding import decode_entries, full_attention_entries
+from newllm.measuring.entries import Entry, Prepared
+from newllm.measuring.ours import Site
+from newllm.measuring.shapes import Shape, Shapes
+
+Maker = Callable[[Shape, Site], Iterator[Entry]]
+
+
+class Suite(NamedTuple):
+    """Operators of newllm (``ops``) and ``peers`` that suit them, at ``shapes`` by device type.
+
+    All entries of a shape and direction take turns; those of all shapes together, where ``together``.
+    ``seconds`` and ``rounds`` (least, most) bound the time of each such group.
+    """
+
+    ops: tuple[str, ...]
+    shapes: Shapes
+    makers: tuple[Maker, ...]
+    peers: tuple[str, ...] = ()
+    together: bool = False
+    seconds: float = 6.0
+    rounds: tuple[int, int] = (7, 50)
+
+
+def _long(shape: Shape, site: Site) -> Iterator[Entry]:
+    return ours.layer_entries(shape, site, (work.FORWARD,))
+
+
+def _copies(shape: Shape, site: Site) -> Iterator[Entry]:
+    """A device copy that reads and writes as many bytes as ``memory_update`` must."""
+    moved = work.write(shape, work.FORWARD, site.dtype.itemsize).bytes
+
+    def prepare() -> Prepared:
+        source = torch.zeros(int(moved) // 2, dtype=torch.uint8, device=site.device)
+        target = torch.empty_like(source)
+        return Prepared(target.copy_, {}, call=lambda: target.copy_(source))
+
+    least = work.Work(0, moved)
+    yield Entry(
+        "copy", "device copy", "bytes of memory_update", shape, prepare, lambda _: least, (work.FORWARD,)
+    )
+
+
+_LAYER_PEERS = ("flex", "fa4", "sdpa", "fla-linear", "fla-delta", "loop", "compiled-loop")
+_ATTENTION_PEERS = ("flex", "fa4")
+
+SUITES = {
+    "layer": Suite(("infini_attention",), shapes.LAYERS, (ours.layer_entries,), _LAYER_PEERS),
+    "window": Suite(("window_attention",), shapes.LAYERS, (ours.window_entries,), _ATTENTION_PEERS),
+    "memory": Suite(
+        ("memory_update", "memory_scan", "memory_retrieve"),
+        shapes.LAYERS,
+        (ours.memory_entries, _copies),
+    ),
+    "decode": Suite(
+        ("infini_decode",), shapes.DECODES, (decode_entries, full_attention_entries), together=True
+    ),
+    "long": Suite(("infini_attention",), shapes.LONG, (_long,), ("sdpa",), seconds=2, rounds=(1, 20)),
+}
+
+
+def groups(
+    suite: Suite, site: Site, peers: dict[str, Maker], only_shapes: Collection[str] = ()
+) -> list[tuple[str, list[Entry]]]:
+    """(direction, entries that take turns), for each shape, or for those of ``only_shapes``.
+
+    Raises ValueError when none of the suite's shapes has such a name.
+    """
+    offered = suite.shapes[site.device.type]
+    wanted = [shape for shape in offered if not only_shapes or shape.name in only_shapes]
+    if not wanted:
+        names = ", ".join(shape.name for shape in offered)
+        raise ValueError(f"shapes must be some of {names}; got {', '.join(only_shapes)}")
+    makers = (*suite.makers, *peers.values())
+    entries = [[*chain.from_iterable(make(shape, site) for make in makers)] for shape in wanted]
+    if suite.together:
+        entries = [[*chain.from_iterable(entries)]]
+    found = [
+        (direction, [entry for entry in group if direction in entry.directions])
+        for group in entries
+        for direction in work.DIRECTIONS
+    ]
+    return [(direction, group) for direction, group in found if group]
