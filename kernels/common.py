@@ -1,5 +1,6 @@
 """What the kernels share: matrix products, the feature map, rotation."""
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -29,3 +30,21 @@ def features(x, scale, bias):
 def features_slope(feature):
     """The derivative of ELU(u) + 1 by u, from its value."""
     return tl.minimum(feature, 1.0)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """PRECISION of the products of float32 operands in a kernel whose inputs are ``dtype``.
+
+    float16 inputs keep their memory matrices in float32, which tf32 reads as precisely as float16 is.
+    """
+    return "tf32" if dtype == torch.float16 else "ieee"
+
+
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What memory matrices are multiplied in: float32 for float16 inputs, whose range sums would leave."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def padded(width: int) -> int:
+    """The tile width that holds ``width`` elements."""
+    return max(16, triton.next_power_of_2(width))

@@ -8,6 +8,7 @@ from torch import Tensor
 from newllm import backend as backends
 from newllm.ops import checks
 from newllm.ops.infini import check_layer
+from newllm.ops.infini_decode_fused import declined, infini_decode as fused
 from newllm.reference import decode as reference
 from newllm.types import FeatureMap, GateKind, InfiniState, Rule
 
@@ -50,11 +51,29 @@ def infini_decode(
     checks.require(q.shape[2] == 1, "q's tokens", q.shape[2], "1")
     if active is not None:
         checks.boolean("active", active, (k.shape[0],), k)
-    learned = () if feature is None else (feature.scale, feature.bias)
+    learned = (None, None) if feature is None else (feature.scale, feature.bias)
     inputs = (q, k, v, beta, *state, *learned)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")
-    backends.resolve("infini_decode", q.device, backend)
+    chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, rule, feature))
+    if chosen == "fused":
+        cos, sin = (None, None) if rope is None else rope
+        return fused(
+            q,
+            k,
+            v,
+            beta,
+            *state,
+            cos,
+            sin,
+            *learned,
+            active,
+            local=window is None,
+            segment=segment,
+            tanh=gate == "tanh",
+            delta=rule == "delta",
+            eps=eps,
+        )
     with context:
         return reference.infini_decode(
             q,
