@@ -31,6 +31,7 @@ HELP = {
     "generate": "continue a text",
     "chat": "talk with a model whose state never grows",
     "data": "texts and models that can be fetched",
+    "bench": "times of the operators beside what could be used instead",
     "doctor": "versions, devices, and which implementation each operator takes",
 }
 

@@ -28,7 +28,9 @@ def segment_loop(
     """
     batch, heads, tokens, width = q.shape
     groups = heads // k.shape[1]
-    rotated_q, rotated_k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    rotated_q = _rotate(q, cos, sin)
+    # Repeated, because SDPA's kernels with a mask do not share keys between query heads.
+    rotated_k, repeated_v = (x.repeat_interleave(groups, 1) for x in (_rotate(k, cos, sin), v))
     wide = torch.promote_types(q.dtype, torch.float32)
     matrix = torch.zeros(batch, k.shape[1], width, v.shape[3], device=q.device, dtype=wide)
     norm = torch.zeros(batch, k.shape[1], width, device=q.device, dtype=wide)
@@ -45,9 +47,8 @@ def segment_loop(
         local = F.scaled_dot_product_attention(
             rotated_q[:, :, start:end],
             rotated_k[:, :, first:end],
-            v[:, :, first:end],
+            repeated_v[:, :, first:end],
             attn_mask=_band(start, end, first, window, q.device),
-            enable_gqa=True,
         )
         outputs.append(local + gate * (recalled - local))
         keys = _features(k[:, :, start:end], scale, bias)

@@ -134,7 +134,7 @@ def retrieve_inputs(shape: Shape, source: Source) -> Inputs:
 
 
 def implementations(op: str, device: torch.device, compiles: bool) -> dict[str, Callable[..., Any]]:
-    """The fused operator where the device has one; on a CPU the reference, plain and, if asked, compiled."""
+    """The fused operator where the device has one; on a CPU the reference, as it is and to be compiled."""
     public = CASES[op].public
     found: dict[str, Callable[..., Any]] = {}
     if device.type in backends.FUSED[op]:
@@ -143,7 +143,7 @@ def implementations(op: str, device: torch.device, compiles: bool) -> dict[str, 
         reference = partial(public, backend="reference")
         found[REFERENCE] = reference
         if compiles:
-            found[COMPILED] = torch.compile(reference, dynamic=False)
+            found[COMPILED] = reference
     return found
 
 
@@ -166,8 +166,9 @@ def entries(
     case = replace(CASES[op], constants=("rope",))
     for impl, function in implementations(op, site.device, compiles).items():
 
-        def prepare(function: Callable[..., Any] = function) -> Prepared:
-            picked = lambda **inputs: returns(function(**inputs))  # noqa: E731
+        def prepare(impl: str = impl, function: Callable[..., Any] = function) -> Prepared:
+            chosen = torch.compile(function, dynamic=False) if impl == COMPILED else function
+            picked = lambda **inputs: returns(chosen(**inputs))  # noqa: E731
             return Prepared(picked, make(shape, site.source()), case.constants)
 
         sliced = lambda: make(shape.slice(), site.source())  # noqa: E731

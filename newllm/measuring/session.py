@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import time
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from newllm.runs import commit as checkout_commit
 
 RESULTS = Path("benchmarks/results")
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-_WARM_CALLS = 2
 Say = Callable[[str], object]
 
 
@@ -85,8 +85,7 @@ def run(
     shared = _shared(suite, site, ceilings, commit)
     rows: list[Row] = []
     for direction, group in found:
-        say(f"{suite}: {group[0].shape.name} {direction}, {len(group)} entries")
-        rows += _group(asked, group, direction, clock, shared, ceilings, seconds)
+        rows += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
         write_rows(Path(out) / f"{suite}.jsonl", rows)
     return Report(suite, rows, left_out)
 
@@ -112,13 +111,13 @@ def _only(found: list[tuple[str, list[Entry]]], variants: Collection[str]) -> li
 
 
 def _gate(entries: list[Entry], say: Say) -> None:
-    judged = {entry.name: entry for entry in entries if entry.judge is not None}
+    judges = {entry.name: entry.judge for entry in entries if entry.judge is not None}
     red = []
-    for name, entry in judged.items():
-        assert entry.judge is not None
-        say(f"judging {name}")
+    for name, judge in judges.items():
+        start = time.perf_counter()
         with Attempt() as attempt:
-            entry.judge()
+            judge()
+        say(f"judged {name} in {time.perf_counter() - start:.1f} s")
         if attempt.error is not None:
             red.append(f"{name}: {attempt.error}")
     _release()
@@ -152,22 +151,28 @@ def _group(
     shared: dict[str, Any],
     ceilings: Ceilings,
     seconds: float | None,
+    say: Say,
 ) -> list[Row]:
     """Warm each entry up, let them take turns, and release what they hold."""
     prepared: dict[str, Prepared] = {}
     calls: dict[str, Call] = {}
     found: dict[str, dict[str, Any]] = {}
     for entry in group:
+        start = time.perf_counter()
         with Attempt() as attempt:
             ready = entry.prepare()
             call = call_of(ready, direction)
-            for _ in range(_WARM_CALLS if suite.rounds[0] > 1 else 1):
+            for _ in range(suite.warm_calls):
                 call()
-            found[entry.name] = {"gib": clock.extra_gib(call) if suite.rounds[0] > 1 else None}
+            found[entry.name] = {"gib": clock.extra_gib(call)}
             prepared[entry.name], calls[entry.name] = ready, call
         if attempt.error is not None:
             found[entry.name] = {"error": attempt.error}
             _release()
+        say(
+            f"{'warm' if attempt.error is None else 'failed'} after {time.perf_counter() - start:.1f} s: "
+            f"{entry.name}, {direction}"
+        )
     timed = clock.race(calls, seconds=suite.seconds if seconds is None else seconds, rounds=suite.rounds)
     for name, took in timed.items():
         times = {"ms": took.ms, "ms_low": took.low, "ms_high": took.high, "host_ms": took.host_ms}

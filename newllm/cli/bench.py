@@ -1,0 +1,129 @@
+"""``newllm bench``: times of the operators beside what could be used instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from newllm.cli import Command
+from newllm.measuring import SUITES
+
+if TYPE_CHECKING:
+    from newllm.measuring.rows import Row
+
+
+@dataclass
+class SuiteOptions:
+    """Options of every suite.
+
+    Args:
+        peers: all, none, or names with commas: flex, fa4, sdpa, fla-linear, fla-delta, loop, compiled-loop.
+        shapes: only these of the suite's shapes (empty: all).
+        variants: only these of newllm's own variants (empty: all).
+        out: folder of the rows.
+        device: cpu or cuda (null: the first accelerator, or else the CPU).
+        seconds: time for the turns of each group (null: the suite's own).
+        base: measure newllm's own rows at this git revision too, and show both.
+        picture: where the layer's picture goes (null: beside the rows).
+    """
+
+    peers: str = "all"
+    shapes: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
+    out: str = "benchmarks/results"
+    device: str | None = None
+    seconds: float | None = None
+    base: str | None = None
+    picture: str | None = None
+
+
+@dataclass
+class ReportOptions:
+    """Write the times that are on record into the README, and draw them.
+
+    Args:
+        results: folder of the rows.
+        readme: file that holds the two markers.
+        picture: the layer's picture.
+    """
+
+    results: str = "benchmarks/results"
+    readme: str = "README.md"
+    picture: str = "docs/bench-layer.png"
+
+
+def run_suite(suite: str, options: SuiteOptions) -> None:
+    """Measure, write, draw and print; a red gate is a RuntimeError, before any number."""
+    from rich.console import Console
+
+    from newllm.measuring import run
+    from newllm.measuring.revisions import comparison, rows_at
+    from newllm.measuring.tables import grids, notes
+
+    console = Console()
+    report = run(
+        suite,
+        peers=options.peers,
+        shapes=options.shapes,
+        variants=options.variants,
+        out=options.out,
+        device=options.device,
+        seconds=options.seconds,
+        say=partial(console.print, highlight=False, markup=False, style="dim"),
+    )
+    for line in notes(report):
+        console.print(line, highlight=False, markup=False)
+    for grid in grids(report):
+        console.print(grid.rich())
+    if suite == "layer":
+        picture = Path(options.picture or Path(options.out) / "layer.png")
+        _draw(picture, report.rows)
+        console.print(f"{Path(options.out) / 'layer.jsonl'} and {picture}", highlight=False)
+    if options.base is not None:
+        base = rows_at(options.base, suite, _words(options))
+        console.print(comparison(report.rows, base, options.base).rich())
+
+
+def _words(options: SuiteOptions) -> list[str]:
+    """The options that another revision has to share, as words of its command line."""
+    lists = {"--shapes": options.shapes, "--variants": options.variants}
+    single = {"--device": options.device, "--seconds": options.seconds}
+    return [
+        *(f"{flag}={value}" for flag, values in lists.items() for value in values),
+        *(f"{flag}={value}" for flag, value in single.items() if value is not None),
+    ]
+
+
+def run_report(options: ReportOptions) -> None:
+    """Rewrite the README's block, and the picture where the layer has rows."""
+    from newllm.measuring.report import update
+    from newllm.measuring.rows import read_rows
+
+    results = Path(options.results)
+    update(Path(options.readme), results)
+    print(options.readme)
+    if (results / "layer.jsonl").is_file():
+        _draw(Path(options.picture), read_rows(results / "layer.jsonl"))
+        print(options.picture)
+
+
+def _draw(path: Path, rows: list[Row]) -> None:
+    from newllm.measuring.pictures import layer_figure
+    from newllm.measuring.rows import replace_file
+
+    replace_file(path, lambda file: layer_figure(rows).savefig(file, dpi=130, format="png"))
+
+
+def _options(suite: str, what: str) -> type[SuiteOptions]:
+    """The options under the suite's own description."""
+    arguments = (SuiteOptions.__doc__ or "").partition("Args:")[2]
+    text = f"Time {what}.\n\n    Args:{arguments}"
+    return dataclass(type(f"{suite.title()}Options", (SuiteOptions,), {"__doc__": text}))
+
+
+COMMANDS = {
+    **{suite: Command(_options(suite, what), partial(run_suite, suite)) for suite, what in SUITES.items()},
+    "report": Command(ReportOptions, run_report),
+}

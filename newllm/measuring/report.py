@@ -1,0 +1,68 @@
+"""The README's table of times, made from the rows in ``benchmarks/results`` and from nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from newllm.measuring import SUITES
+from newllm.measuring.bars import standings
+from newllm.measuring.entries import OURS
+from newllm.measuring.rows import Row, read_rows, replace_file
+from newllm.measuring.tables import Grid, bars_grid, milliseconds
+
+BEGIN, END = "<!-- newllm bench report: begin -->", "<!-- newllm bench report: end -->"
+
+
+def text(results: Path) -> str:
+    """Markdown for the suites that ``results`` has rows of: the layer's times, every bar, what ran where."""
+    found = {suite: read_rows(results / f"{suite}.jsonl") for suite in SUITES if _exists(results, suite)}
+    if not found:
+        return "No rows have been recorded yet."
+    parts = [layer_grid(found["layer"]).markdown()] if "layer" in found else []
+    reached = [
+        each for suite, rows in found.items() for each in standings(suite, rows) if each.value is not None
+    ]
+    if reached:
+        parts.append(bars_grid(reached).markdown())
+    return "\n\n".join([*parts, *(_origin(suite, rows[0]) for suite, rows in found.items())])
+
+
+def layer_grid(rows: list[Row]) -> Grid:
+    """Milliseconds of every computation, a column for each shape and direction."""
+    columns = [*dict.fromkeys((row.shape, row.direction) for row in rows)]
+    times = {(row.op, row.variant, row.impl, row.shape, row.direction): row.ms for row in rows}
+    lines = []
+    for op, variant, impl in dict.fromkeys((row.op, row.variant, row.impl) for row in rows):
+        found = [times.get((op, variant, impl, *column)) for column in columns]
+        by = f"newllm {impl}" if impl in OURS else impl
+        lines.append((f"{op}, {variant}", by, *("" if ms is None else milliseconds(ms) for ms in found)))
+    heads = (f"{shape} {direction}, ms" for shape, direction in columns)
+    return Grid("layer", ("what", "by", *heads), lines)
+
+
+def update(readme: Path, results: Path) -> None:
+    """Put :func:`text` between the two markers of ``readme``.
+
+    Raises ValueError where there are no markers.
+    """
+    before = readme.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(before):
+        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END}")
+    block = f"{BEGIN}\n{text(results)}\n{END}"
+    after = pattern.sub(lambda _: block, before)
+    replace_file(readme, lambda file: file.write_text(after, encoding="utf-8"))
+
+
+def _exists(results: Path, suite: str) -> bool:
+    return (results / f"{suite}.jsonl").is_file()
+
+
+def _origin(suite: str, row: Row) -> str:
+    commit = (row.commit or "unknown")[:12]
+    return (
+        f"`benchmarks/results/{suite}.jsonl`: {row.device}, {row.dtype}, torch {row.torch}, "
+        f"triton {row.triton}, commit {commit}, {row.date[:10]}; ceilings {row.peak_tflops:,.4g} TFLOP/s "
+        f"and {row.peak_gbs:,.4g} GB/s."
+    )
