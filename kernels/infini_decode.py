@@ -137,7 +137,8 @@ def _remember(
     size = tl.load(norm + head[:, None] * 0 + row[None, :], mask=real & deep[None, :], other=0)
     # [BK, BM]
     memory = tl.load(cells, mask=deep[:, None] & wide[None, :], other=0)
-    wanted = tl.where(deep[None, :], features(query, scale, bias), 0.0)
+    # Beyond K the features are not zero, but matrix and norm are.
+    wanted = features(query, scale, bias)
     found = dot(wanted, memory, None, PRECISION)
     found /= tl.maximum(tl.sum(wanted * size, 1), eps)[:, None]
     tl.store(recalled + head[:, None] * V + column[None, :], found, mask=real & wide[None, :])
@@ -165,7 +166,7 @@ def _remember(
             # [BS, BK]
             key = tl.load(keys + slot * keys_r + row[None, :], mask=stored & deep[None, :], other=0)
             feature = features(tl.where(is_new, new_key[None, :], key), scale, bias)
-            feature = tl.where((age >= 0)[:, None] & deep[None, :], feature, 0.0)
+            feature = tl.where((age >= 0)[:, None], feature, 0.0)
             # [BS, BM]
             value = tl.load(values + slot * values_r + column[None, :], mask=stored & wide[None, :], other=0)
             value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
@@ -258,13 +259,24 @@ def _infini_decode_combine_kernel(
     row = b * H + h
     live = tl.load(active + b * active_b) != 0 if active is not None else row >= 0
     column = tl.arange(0, BV)
-    wide = column < tl.where(live, V, 0)
-    # [1]: no column of the output is another's business.
+    wide = column < V
+    # One program a row moves the position, which no other of this kernel reads.
+    first = live & (h == 0)
+    count = tl.load(position + b * position_b, mask=first)
+    if beta is not None:
+        # [BV]
+        found = tl.load(recalled + row * V + column, mask=wide, other=0)
+        share = _gate(tl.load(beta + h).to(tl.float32), TANH)
+        deep = tl.arange(0, BK)
+        mask = deep < tl.where(live & (h % G == 0), K, 0)
+        # [BK]
+        size = tl.load(after + row // G * K + deep, mask=mask, other=0)
     peak, total = tl.full([1], -1e30, tl.float32), tl.zeros([1], tl.float32)
     mixed = tl.zeros([BV], tl.float32)
+    # What lies there for a paused row is read and thrown away: loads without a mask run side by side.
     for start in range(0, SPLITS, BN):
         split = start + tl.arange(0, BN)
-        there = split < tl.where(live, SPLITS, 0)
+        there = split < SPLITS
         # [BN]
         level = tl.load(lse + row * SPLITS + split, mask=there, other=float("-inf"))
         # [BN, BV]
@@ -277,17 +289,10 @@ def _infini_decode_combine_kernel(
         peak = higher
     mixed /= tl.where(total > 0, total, 1.0)
     if beta is not None:
-        # [BV]
-        found = tl.load(recalled + row * V + column, mask=wide, other=0)
-        mixed += _gate(tl.load(beta + h).to(tl.float32), TANH) * (found - mixed)
-        deep = tl.arange(0, BK)
-        mask = deep < tl.where(live & (h % G == 0), K, 0)
-        # [BK]
-        size = tl.load(after + row // G * K + deep, mask=mask, other=0)
+        mixed += share * (found - mixed)
         tl.store(norm + b * norm_b + h // G * norm_h + deep, size, mask=mask)
     tl.store(out + row * V + column, tl.where(live, mixed, 0.0).to(out.dtype.element_ty), mask=column < V)
-    first = live & (h == 0)
-    tl.store(position + b * position_b, tl.load(position + b * position_b, mask=first) + 1, mask=first)
+    tl.store(position + b * position_b, count + 1, mask=first)
 
 
 def infini_decode(

@@ -13,8 +13,8 @@ TILES: dict[str, dict[tuple[int, int] | str, Tiles]] = {
     },
     # BN splits at once.
     "_infini_decode_combine_kernel": {
-        (9, 0): {"BN": 16, "PDL": 1, "num_warps": 4},
-        "default": {"BN": 16, "PDL": 0, "num_warps": 4},
+        (9, 0): {"BN": 16, "PDL": 1, "num_warps": 8},
+        "default": {"BN": 16, "PDL": 0, "num_warps": 8},
     },
 }
 
