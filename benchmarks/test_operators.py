@@ -1,21 +1,34 @@
-"""Every operator of the table of cases: reference, compiled reference and, where there is one, fused."""
+"""Every operator of the table of cases: reference, compiled reference and, where there is one, fused.
+
+None is timed whose results break the error rule, and the device is idle at the end of every timed round.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, inputs, wrong
 
 from newllm import backend
 from newllm.measuring.entries import COMPILED, FUSED, REFERENCE, Prepared, call_of
 from newllm.measuring.timing import Clock
 from newllm.measuring.work import BOTH, FORWARD
-from newllm.testing import CASES
+from newllm.testing import CASES, Inputs
 
+DEVICE = backend.devices()[min(1, len(backend.devices()) - 1)]
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+_LAYER = {
+    "cpu": {"batch": 1, "heads": 4, "kv_heads": 2, "tokens": 128, "key": 32, "value": 32},
+    "cuda": {"batch": 1, "heads": 32, "kv_heads": 8, "tokens": 8192, "key": 128, "value": 128},
+}
+_SPANS = {"cpu": {"window": 64, "segment": 64}, "cuda": {"window": 1024, "segment": 1024}}
+_SWEEP = {
+    "cpu": {"batch": 4, "tokens": 3, "input": 32, "width": 32, "hidden": 64, "layers": 1},
+    "cuda": {"batch": 64, "tokens": 32, "input": 768, "width": 768, "hidden": 1024, "layers": 1},
+}
 # One variant of each operator, the first of its case, and the other rule where there is one.
 VARIANTS = [
     (op, variant)
@@ -36,6 +49,28 @@ ROWS = [
     for impl in _implementations(op)
     if impl != COMPILED or variant != "delta"
 ]
+
+
+def inputs(op: str, variant: str, **sizes: int) -> Inputs:
+    """Inputs of an operator on the device, at the sizes that are timed there but for ``sizes``."""
+    kind = DEVICE.type
+    timed = _SWEEP[kind] if op == "context_sweep" else _LAYER[kind] | _SPANS[kind]
+    return CASES[op].inputs(variant, DTYPES[kind], device=str(DEVICE), **{**timed, **sizes})
+
+
+@cache
+def wrong(op: str, variant: str) -> str | None:
+    """How the operator breaks the error rule; None where it keeps it.
+
+    Judged at as few tokens as cross the borders of window and segments.
+    """
+    kind = DEVICE.type
+    tokens = {} if op == "context_sweep" else {"tokens": 2 * _SPANS[kind]["window"] + 3}
+    try:
+        CASES[op].judge(inputs(op, variant, **tokens), DTYPES[kind])
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
 def _function(op: str, impl: str) -> Callable[..., Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from source_tree import ROOT
 
 from newllm.cli import main
 from newllm.measuring import (
@@ -167,6 +171,31 @@ def test_the_gate_judges_gradients(tiny: None, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(CASES, "memory_retrieve", replace(right, public=wrong))
     with pytest.raises(session.RedGate, match="gradient of q"):
         measured("memory", tmp_path)
+
+
+def test_the_benchmarks_refuse_to_time_a_wrong_operator(tmp_path: Path) -> None:
+    broken = """
+from dataclasses import replace
+from newllm.testing import CASES
+right = CASES["memory_retrieve"]
+wrong = lambda **options: right.public(**options) * 1.01
+CASES["memory_retrieve"] = replace(right, public=wrong)
+"""
+    (tmp_path / "broken.py").write_text(broken, encoding="utf-8")
+    chosen = ["-p", "broken", "-k", "memory_retrieve and not compiled"]
+    words = [*chosen, "-p", "no:cacheprovider", "--benchmark-only", "-q", "benchmarks"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "memory_retrieve, paper: the results are wrong, so nothing is timed: out: error" in done.stdout
+    assert "2 failed" in done.stdout
+    assert "Median" not in done.stdout
 
 
 def test_the_gate_sees_the_borders_of_every_shape() -> None:

@@ -95,7 +95,7 @@ def test_every_bar_names_rows_that_a_suite_makes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tables_show_times_and_bars_last() -> None:
-    found = session.Report("layer", layer_rows(), ["fla: fla is not installed"])
+    found = session.Report("layer", layer_rows(), ["fla: fla is not installed"], Path("layer.jsonl"))
     *times, last = tables.grids(found)
     assert [grid.title for grid in times] == ["layer, 8B", "layer, SmolLM"]
     assert times[0].columns == ("what", "by", "fwd ms", "x floor", "GiB", "fwd+bwd ms", "x floor", "GiB")

@@ -22,7 +22,7 @@ class SuiteOptions:
         peers: all, none, or names with commas: flex, fa4, sdpa, fla-linear, fla-delta, loop, compiled-loop.
         shapes: only these of the suite's shapes (empty: all).
         variants: only these of newllm's own variants (empty: all).
-        out: folder of the rows.
+        out: folder of the rows (null: benchmarks/results on a GPU, runs/bench on a CPU).
         device: cpu or cuda (null: the first accelerator, or else the CPU).
         seconds: time for the turns of each group (null: the suite's own).
         base: measure newllm's own rows at this git revision too, and show both.
@@ -32,7 +32,7 @@ class SuiteOptions:
     peers: str = "all"
     shapes: list[str] = field(default_factory=list)
     variants: list[str] = field(default_factory=list)
-    out: str = "benchmarks/results"
+    out: str | None = None
     device: str | None = None
     seconds: float | None = None
     base: str | None = None
@@ -78,9 +78,9 @@ def run_suite(suite: str, options: SuiteOptions) -> None:
     for grid in grids(report):
         console.print(grid.rich())
     if suite == "layer":
-        picture = Path(options.picture or Path(options.out) / "layer.png")
+        picture = Path(options.picture or report.path.with_suffix(".png"))
         _draw(picture, report.rows)
-        console.print(f"{Path(options.out) / 'layer.jsonl'} and {picture}", highlight=False)
+        console.print(f"{report.path} and {picture}", highlight=False)
     if options.base is not None:
         base = rows_at(options.base, suite, _words(options))
         console.print(comparison(report.rows, base, options.base).rich())

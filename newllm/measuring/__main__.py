@@ -10,14 +10,14 @@ from newllm.measuring import SUITES
 
 def main(argv: list[str] | None = None) -> int:
     """Measure one suite and print its tables; 2 where a gate is red or a name is unknown."""
-    from newllm.measuring.session import RESULTS, run
+    from newllm.measuring.session import run
 
     parser = argparse.ArgumentParser(prog="python -m newllm.measuring")
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--peers", default="all")
     parser.add_argument("--shapes", action="append", default=[], help="may be given several times")
     parser.add_argument("--variants", action="append", default=[], help="may be given several times")
-    parser.add_argument("--out", default=RESULTS)
+    parser.add_argument("--out")
     parser.add_argument("--commit")
     parser.add_argument("--device")
     parser.add_argument("--seconds", type=float)

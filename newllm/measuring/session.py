@@ -24,7 +24,8 @@ from newllm.measuring.timing import Call, Clock
 from newllm.measuring.work import Ceilings, measure_ceilings
 from newllm.runs import commit as checkout_commit
 
-RESULTS = Path("benchmarks/results")
+# Rows of a GPU are the record that the README shows; those of a CPU are not to take their place.
+RESULTS = {"cuda": Path("benchmarks/results"), "cpu": Path("runs/bench")}
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 Say = Callable[[str], object]
 
@@ -35,11 +36,12 @@ class RedGate(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a run, and what was asked for and is not among them, each with its reason."""
+    """The rows of a run, where they are, and what was asked for and is not among them, with its reason."""
 
     suite: str
     rows: list[Row]
     left_out: list[str]
+    path: Path
 
 
 def run(
@@ -48,18 +50,19 @@ def run(
     peers: str = "all",
     shapes: Collection[str] = (),
     variants: Collection[str] = (),
-    out: Path | str = RESULTS,
+    out: Path | str | None = None,
     commit: str | None = None,
     device: str | None = None,
     seconds: float | None = None,
     say: Say = print,
 ) -> Report:
-    """Judge, then time ``suite``, and write ``<out>/<suite>.jsonl`` after each group of rows.
+    """Judge, then time ``suite``, and write ``<out>/<suite>.jsonl`` anew after each group of rows.
 
     Args:
         suite: a name of ``SUITES``.
         peers: ``all``, ``none`` or names of ``PEERS`` with commas.
         shapes, variants: only these of the suite's shapes and of newllm's own variants; empty: all.
+        out: folder of the rows (None: ``RESULTS`` of the device).
         commit: recorded in the rows (None: the checkout's).
         device: ``cpu`` or ``cuda`` (None: the first accelerator, or else the CPU).
         seconds: time for the turns of each group (None: the suite's own).
@@ -83,11 +86,12 @@ def run(
     clock = Clock(place)
     ceilings = measure_ceilings(clock, site.dtype)
     shared = _shared(suite, site, ceilings, commit)
+    path = Path(out or RESULTS[place.type]) / f"{suite}.jsonl"
     rows: list[Row] = []
     for direction, group in found:
         rows += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
-        write_rows(Path(out) / f"{suite}.jsonl", rows)
-    return Report(suite, rows, left_out)
+        write_rows(path, rows)
+    return Report(suite, rows, left_out, path)
 
 
 def _device(name: str | None) -> torch.device:
