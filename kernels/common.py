@@ -19,11 +19,21 @@ def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """``x`` in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts the lower bits off.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def features(x, scale, bias):
     """ELU(scale x + bias) + 1 in float32."""
     u = x.to(tl.float32) * scale + bias
-    # Not exp(u) - 1 + 1, which cancels.
-    return tl.where(u > 0, u + 1, tl.exp(tl.minimum(u, 0.0)))
+    # Not exp(u) - 1 + 1, which cancels; one of the two is constant.
+    return tl.maximum(u, 0.0) + tl.exp2(tl.minimum(u, 0.0) * LOG2E)
 
 
 @triton.jit

@@ -19,9 +19,9 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # Operator -> the device types for which it has a fused implementation.
 FUSED: dict[str, frozenset[str]] = {
-    "memory_update": frozenset(),
-    "memory_retrieve": frozenset(),
-    "memory_scan": frozenset(),
+    "memory_update": frozenset({"cuda"}),
+    "memory_retrieve": frozenset({"cuda"}),
+    "memory_scan": frozenset({"cuda"}),
     "window_attention": frozenset({"cuda"}),
     "infini_attention": frozenset({"cuda"}),
     "infini_decode": frozenset({"cuda"}),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from newllm import backend as backends
-from newllm.ops import checks
+from newllm.ops import checks, memory_fused as fused
+from newllm.ops.support import unsupported
 from newllm.reference import memory as reference
 from newllm.reference.features import feature_width
+from newllm.reference.layout import compaction, take
 from newllm.types import FeatureMap, MemoryState, Rule
 
 RULES = ("linear", "delta", "gamma")
 SCALES = ("none", "1/T", "1/(B*T)")
+# The least denominator of what the delta rule reads.
+EPS = 1e-6
 
 
 def memory_update(
@@ -53,8 +58,10 @@ def memory_update(
     checks.feature(feature, k.shape[1], k)
     checks.memory_state(state, k, v, feature)
     checks.padding(padding_mask, k)
-    backends.resolve("memory_update", k.device, backend)
+    chosen = backends.resolve("memory_update", k.device, backend, _declined(k, v, rule, feature, state))
     with context:
+        if chosen == "fused":
+            return _fused_update(k, v, state, rule, feature, scale, padding_mask)
         return reference.memory_update(
             k, v, state, rule=rule, feature=feature, scale=scale, padding_mask=padding_mask
         )
@@ -94,8 +101,11 @@ def memory_retrieve(
     checks.feature(feature, heads, q)
     features = feature_width(feature, q.shape[3])
     checks.memory(state.matrix, state.norm, (q.shape[0], heads, features, state.matrix.shape[3]), q)
-    backends.resolve("memory_retrieve", q.device, backend)
+    declined = _declined(q, state.matrix, "linear", feature, state)
+    chosen = backends.resolve("memory_retrieve", q.device, backend, declined)
     with context:
+        if chosen == "fused":
+            return fused.memory_retrieve(q, state.matrix, state.norm, *_learned(feature), eps)
         return reference.memory_retrieve(q, state, feature=feature, eps=eps)
 
 
@@ -139,8 +149,10 @@ def memory_scan(
     checks.memory_state(state, k, v, feature)
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, -(-k.shape[2] // segment), k)
-    backends.resolve("memory_scan", k.device, backend)
+    chosen = backends.resolve("memory_scan", k.device, backend, _declined(k, v, rule, feature, state))
     with context:
+        if chosen == "fused":
+            return _fused_scan(k, v, state, segment, rule, feature, segment_weight, padding_mask)
         return reference.memory_scan(
             k,
             v,
@@ -158,3 +170,88 @@ def weights(segment_weight: Tensor | None, rule: Rule, segments: int, k: Tensor)
     if segment_weight is not None:
         checks.require(rule == "linear", "rule", repr(rule), "'linear' when segment_weight is given")
         checks.parameter("segment_weight", segment_weight, (k.shape[0], segments), k)
+
+
+def _declined(
+    k: Tensor, v: Tensor, rule: Rule, feature: FeatureMap | None, state: MemoryState | None
+) -> str | None:
+    """Why the kernels cannot take this call; None if they can."""
+    if state is not None and state.matrix.dtype != torch.float32:
+        return f"its kernels take a float32 state, got {state.matrix.dtype}"
+    return unsupported(k.dtype, k.shape[3], v.shape[3], rule=rule, feature=feature)
+
+
+def _learned(feature: FeatureMap | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and bias of a feature map in float32."""
+    scale, bias = (None, None) if feature is None else (feature.scale, feature.bias)
+    return None if scale is None else scale.float(), None if bias is None else bias.float()
+
+
+def _compacted(
+    k: Tensor, v: Tensor, padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Keys and values with the real tokens first, how many those are where rows differ, and in any case."""
+    if padding_mask is None:
+        return k, v, None, torch.full((k.shape[0],), k.shape[2], device=k.device)
+    order, _, length = compaction(padding_mask)
+    return take(k, order), take(v, order), length, length
+
+
+def _initial(
+    k: Tensor, state: MemoryState | None, tokens: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Matrix, norm, and counts before each segment and after the last, for segments of ``tokens [B, N]``."""
+    matrix, norm, count = (None, None, tokens.new_zeros(k.shape[0])) if state is None else state
+    if count is None:
+        return matrix, norm, None, None
+    counts = count[:, None] + tokens.cumsum(1)
+    return matrix, norm, counts - tokens, counts[:, -1]
+
+
+def _guard(counts: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """eta ``[B, N]``: no more is taken away than the memory has tokens for."""
+    return None if counts is None else (counts / tokens.clamp(min=1)).clamp(max=1)
+
+
+def _fused_update(
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None,
+    rule: Rule,
+    feature: FeatureMap | None,
+    scale: str,
+    padding_mask: Tensor | None,
+) -> MemoryState:
+    k, v, length, tokens = _compacted(k, v, padding_mask)
+    matrix, norm, counts, last = _initial(k, state, tokens[:, None])
+    shares = {"none": None, "1/T": tokens, "1/(B*T)": tokens.sum().expand_as(tokens)}[scale]
+    share = None if shares is None else shares.clamp(min=1).float().reciprocal()
+    guard = _guard(counts, tokens[:, None]) if rule == "delta" else None
+    learned = _learned(feature)
+    matrix, norm = fused.memory_update(
+        k, v, *learned, matrix, norm, share, length, guard, rule == "delta", EPS
+    )
+    return MemoryState(matrix, norm, last)
+
+
+def _fused_scan(
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None,
+    segment: int,
+    rule: Rule,
+    feature: FeatureMap | None,
+    segment_weight: Tensor | None,
+    padding_mask: Tensor | None,
+) -> tuple[MemoryState, MemoryState]:
+    k, v, length, real = _compacted(k, v, padding_mask)
+    starts = torch.arange(0, k.shape[2], segment, device=k.device)
+    tokens = (real[:, None] - starts).clamp(0, segment)
+    matrix, norm, counts, last = _initial(k, state, tokens)
+    guard = _guard(counts, tokens) if rule == "delta" else None
+    weight = None if segment_weight is None else segment_weight.float()
+    learned = _learned(feature)
+    before, norms, matrix, norm = fused.memory_scan(
+        k, v, *learned, matrix, norm, weight, length, guard, segment, rule == "delta", EPS
+    )
+    return MemoryState(before, norms, counts), MemoryState(matrix, norm, last)
