@@ -112,7 +112,7 @@ def _backward_tokens(
     k, v, dk, dv, lo, hi, end, k_t, v_t, gradient, curvature, first, whole, gz, z, w, factor, eps, a, c,
     dscale, dbias, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of tokens lo .. end - 1, zeros from hi on; add to those of scale, bias ``[BT]``."""
     parts: tl.constexpr = (V + BV - 1) // BV
@@ -131,16 +131,24 @@ def _backward_tokens(
             # [BT, BV]
             values = load_tokens(v, t0, hi, v_t, part * BV, V, BT, BV).to(DTYPE)
             df = fold_feature_gradient(values, g, df, PRECISION)
-            store_tokens(dv, fold_value_gradient(f, g, PRECISION), t0, end, V, part * BV, V, BT, BV)
+            _deposit(dv, fold_value_gradient(f, g, PRECISION), t0, end, part * BV, V, BT, BV, ADD)
         if curvature is not None:
             y = curved(f, k, t0, hi, k_t, a, c, curvature, whole, K, BT, BK, BV, STATES)
             df += correction_feature_gradient(f, y, z, factor, eps)
         # Where nothing is written, features and so slopes are zero.
         slope = df * features_slope(f)
-        store_tokens(dk, slope * a, t0, end, K, 0, K, BT, BK)
+        _deposit(dk, slope * a, t0, end, 0, K, BT, BK, ADD)
         dscale += tl.sum(slope * x.to(tl.float32), 1)
         dbias += tl.sum(slope, 1)
     return dscale, dbias
+
+
+@triton.jit
+def _deposit(base, x, t0, hi, c0, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, ADD: tl.constexpr):
+    """Store ``x [BT, BC]`` in contiguous rows, or add it to what is there."""
+    if ADD:
+        x += load_tokens(base, t0, hi, WIDTH, c0, WIDTH, BT, BC).to(tl.float32)
+    store_tokens(base, x, t0, hi, WIDTH, c0, WIDTH, BT, BC)
 
 
 @triton.jit
@@ -148,8 +156,8 @@ def _memory_fold_backward_kernel(
     k, v, past_k, past_v, scale, bias, position, length, gradients, norm_gradients, weight, curvatures, norms,
     factors, dk, dv, dpast_k, dpast_v, dscale, dbias, eps,
     k_b, k_h, k_t, v_b, v_h, v_t, n_b, n_h, n_j, g_b, g_h, g_j, c_b, c_h, c_j, m_b, m_h, m_j,
-    HKV, T, N, S, P,
-    K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr, CHUNK: tl.constexpr,
+    HKV, T, N, S, P, ROWS, FIRST, PAST_ROWS,
+    K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -182,17 +190,19 @@ def _memory_fold_backward_kernel(
     whole = whole_curvature(curvature, K, BK, BV)
     scales, biases = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
     if past_k is not None:
-        k_0, v_0 = (head * P + P) * K, (head * P + P) * V
+        row, place = head * P + P, head * PAST_ROWS + P
         scales, biases = _backward_tokens(
-            past_k + k_0, past_v + v_0, dpast_k + k_0, dpast_v + v_0, lo, tl.minimum(hi, 0),
-            tl.minimum(end, 0), K, V, gradient, curvature, first, whole, gz, z, w, factor, eps, a, c,
-            scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES,
+            past_k + row * K, past_v + row * V, dpast_k + place * K, dpast_v + place * V,
+            lo, tl.minimum(hi, 0), tl.minimum(end, 0), K, V, gradient, curvature,
+            first, whole, gz, z, w, factor, eps, a, c,
+            scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD,
         )  # fmt: skip
         lo = tl.maximum(lo, 0)
+    place = head * ROWS + FIRST
     scales, biases = _backward_tokens(
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, dk + head * T * K, dv + head * T * V, lo, hi,
+        k + b * k_b + h * k_h, v + b * v_b + h * v_h, dk + place * K, dv + place * V, lo, hi,
         end, k_t, v_t, gradient, curvature, first, whole, gz, z, w, factor, eps, a, c,
-        scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES,
+        scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD,
     )  # fmt: skip
     if dscale is not None:
         tl.store(dscale + pid, tl.sum(scales, 0))
@@ -212,18 +222,26 @@ def fold_backward(
     norms: Tensor | None = None,
     factor: Tensor | None = None,
     eps: float = 1e-6,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> TokenGradients:
     """Gradients of all that ``fold`` and, given a curvature, ``fold_correction`` read; zeros if not written.
 
     ``weight [B, N]`` multiplied what the segments added; ``norms``, ``factor`` and ``eps`` are those of
-    ``fold_correction``. Matrices, norms and their gradients may be expanded along the segments.
+    ``fold_correction``. Matrices, norms and their gradients may be expanded along the segments. ``onto``
+    are contiguous gradients ``[B, HKV, P + T, ...]`` of all keys and values, to which these are added.
     """
     batch, heads, tokens, width = k.shape
     columns, count = v.shape[3], layout.count(tokens)
     k, v, scale, bias = unit_stride(k), unit_stride(v), contiguous(scale), contiguous(bias)
     past_k, past_v, past = past_tokens(layout)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    dpast_k, dpast_v = (None if x is None else torch.zeros_like(x) for x in (past_k, past_v))
+    if onto is None:
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        dpast_k, dpast_v = (None if x is None else torch.zeros_like(x) for x in (past_k, past_v))
+        rows, first, past_rows = tokens, 0, past
+    else:
+        (dk, dv), (dpast_k, dpast_v) = onto, onto
+        rows = past_rows = onto[0].shape[2]
+        first = rows - tokens
     programs = batch * heads * count * -(-layout.segment // CHUNK)
     dscale, dbias = (
         None if x is None else k.new_empty(batch, heads, programs // (batch * heads), dtype=torch.float32)
@@ -244,8 +262,8 @@ def fold_backward(
         contiguous(weight), gradients.curvature, z, contiguous(factor), dk, dv, dpast_k, dpast_v,
         dscale, dbias, eps, *k.stride()[:3], *v.stride()[:3], *gradients.norm.stride()[:3],
         *gradients.matrix.stride()[:3], *curvature.stride()[:3], *z.stride()[:3],
-        heads, tokens, count, layout.segment, past,
-        K=width, V=columns, PARTIAL=layout.partial, CHUNK=CHUNK, BK=padded(width),
+        heads, tokens, count, layout.segment, past, rows, first, past_rows,
+        K=width, V=columns, PARTIAL=layout.partial, CHUNK=CHUNK, ADD=onto is not None, BK=padded(width),
         **product_types(k.dtype), STATES=state_precision(k.dtype), **sizes,
     )  # fmt: skip
     dscale, dbias = (None if x is None else x.sum((0, 2)) for x in (dscale, dbias))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from newllm import backend as backends
-from newllm.ops import checks
+from newllm.ops import attention_fused as fused, checks
 from newllm.ops.memory import RULES, weights
+from newllm.ops.support import unsupported
 from newllm.reference import infini as reference
 from newllm.types import Detach, FeatureMap, GateKind, InfiniState, Rule
 
@@ -75,9 +76,11 @@ def infini_attention(
         checks.require(bptt_segments >= 0, "bptt_segments", bptt_segments, "0 or more")
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, reference.touched_segments(k.shape[2], segment, state is not None), k)
-    backends.resolve("infini_attention", q.device, backend)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature)
+    chosen = backends.resolve("infini_attention", q.device, backend, reason)
+    run = {"reference": reference.infini_attention, "fused": fused.infini_attention}[chosen]
     with context:
-        return reference.infini_attention(
+        return run(
             q,
             k,
             v,

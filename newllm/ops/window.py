@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from newllm import backend as backends
-from newllm.ops import checks
+from newllm.ops import attention_fused as fused, checks
+from newllm.ops.support import unsupported
 from newllm.reference import window as reference
 
 
@@ -44,8 +45,9 @@ def window_attention(
     checks.segmentation(window, 1 if segment is None else segment)
     checks.rope(rope, k, None)
     checks.padding(padding_mask, k)
-    backends.resolve("window_attention", q.device, backend)
+    chosen = backends.resolve(
+        "window_attention", q.device, backend, unsupported(q.dtype, q.shape[3], v.shape[3])
+    )
+    run = {"reference": reference.window_attention, "fused": fused.window_attention}[chosen]
     with context:
-        return reference.window_attention(
-            q, k, v, window=window, segment=segment, rope=rope, padding_mask=padding_mask
-        )
+        return run(q, k, v, window=window, segment=segment, rope=rope, padding_mask=padding_mask)

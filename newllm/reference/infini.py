@@ -7,12 +7,14 @@ projections; the window reads the same projections after RoPE.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from newllm.reference.features import feature_map, feature_width
-from newllm.reference.layout import compaction, pad_tokens, ring_append, ring_history, take
-from newllm.reference.memory import Segments, read, scan, state_dtype, write_segments
+from newllm.reference.layout import compaction, pad_tokens, ring_append, ring_history, ring_start, take
+from newllm.reference.memory import Segments, empty_memory, read, scan, state_dtype, write_segments
 from newllm.reference.window import Rope, compact_rope, local_attention
 from newllm.types import FeatureMap, GateKind, InfiniState, MemoryState, Rule
 
@@ -64,43 +66,75 @@ def infini_attention(
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, InfiniState]:
     """One layer over T new tokens: q ``[B, H, T, K]`` -> (``[B, H, T, V]``, state after them)."""
-    if padding_mask is None:
-        length = None
-    else:
+    position = None if state is None else state.position
+
+    def layer(
+        q: Tensor, keys: Tensor, values: Tensor, rope: Rope | None, length: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        out = local_attention(
+            q,
+            keys,
+            values,
+            window=window,
+            segment=segment,
+            rope=rope,
+            position=position,
+            length=length,
+            compute_dtype=compute_dtype,
+        )
+        if beta is None:
+            return out, None, None
+        compute = compute_dtype or state_dtype(q.dtype)
+        past = keys.shape[2] - q.shape[2]
+        segments = _aligned_segments(keys, values, past, position, length, segment, feature, compute)
+        start = (
+            empty_memory(keys, values, feature)._replace(count=None) if state is None else memory_of(state)
+        )
+        before, (matrix, norm, _) = scan(
+            segments, start, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
+        )
+        recalled = _recall(q.to(compute), before, position, segment, feature, eps)
+        return mix(out, recalled, beta, gate), matrix, norm
+
+    return streamed(layer, q, k, v, ring=window or segment, rope=rope, state=state, padding_mask=padding_mask)
+
+
+# q [B, H, T, K], keys and values [B, Hkv, P + T, ...] behind their history, tables, the row's real tokens
+# -> out [B, H, T, V], matrix and norm of the memory after them.
+Layer = Callable[
+    [Tensor, Tensor, Tensor, Rope | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]
+]
+
+
+def streamed(
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ring: int,
+    rope: Rope | None,
+    state: InfiniState | None,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, InfiniState]:
+    """A ``layer`` over the next tokens of a stream: without their padding, behind the state's ring."""
+    length = None
+    if padding_mask is not None:
         order, rank, length = compaction(padding_mask)
         q, k, v = (take(x, order) for x in (q, k, v))
         rope = compact_rope(rope, order)
-    ring = window or segment
-    start = state or empty_state(k, v, ring=ring, memory=beta is not None, feature=feature)
-    position = None if state is None else state.position
     keys, values = _with_history(k, v, state, ring)
-    out = local_attention(
-        q,
-        keys,
-        values,
-        window=window,
-        segment=segment,
-        rope=rope,
-        position=position,
-        length=length,
-        compute_dtype=compute_dtype,
-    )
-    matrix, norm = start.matrix, start.norm
-    if beta is not None:
-        compute = compute_dtype or state_dtype(q.dtype)
-        past = keys.shape[2] - k.shape[2]
-        segments = _aligned_segments(keys, values, past, position, length, segment, feature, compute)
-        before, (matrix, norm, _) = scan(
-            segments, memory_of(start), rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
-        )
-        recalled = _recall(q.to(compute), before, position, segment, feature, eps)
-        out = mix(out, recalled, beta, gate)
+    out, matrix, norm = layer(q, keys, values, rope, length)
     if padding_mask is not None:
         out = take(out, rank).masked_fill(~padding_mask[:, None, :, None], 0)
-    tokens = torch.full_like(start.position, q.shape[2]) if length is None else length
-    ring_keys = ring_append(start.keys, k, start.position, tokens)
-    ring_values = ring_append(start.values, v, start.position, tokens)
-    return out, InfiniState(matrix, norm, ring_keys, ring_values, start.position + tokens)
+    if state is None and length is None:
+        position = torch.full((k.shape[0],), k.shape[2], device=k.device)
+        return out, InfiniState(matrix, norm, ring_start(k, ring), ring_start(v, ring), position)
+    start = state or empty_state(k, v, ring=ring, memory=False)
+    tokens = torch.full_like(start.position, k.shape[2]) if length is None else length
+    new_keys = ring_append(start.keys, k, start.position, tokens)
+    new_values = ring_append(start.values, v, start.position, tokens)
+    return out, InfiniState(matrix, norm, new_keys, new_values, start.position + tokens)
 
 
 def mix(local: Tensor, recalled: Tensor, beta: Tensor, gate: GateKind) -> Tensor:

@@ -45,6 +45,17 @@ def ring_append(ring: Tensor, new: Tensor, position: Tensor, length: Tensor) -> 
     return torch.where((source >= 0)[:, None, :, None], fresh, ring)
 
 
+def ring_start(new: Tensor, size: int) -> Tensor:
+    """The ring of ``size`` tokens after the tokens ``new [B, H, T, D]`` that start a stream."""
+    tokens = new.shape[2]
+    if tokens < size:
+        return pad_tokens(new, size)
+    # The slot of the oldest of the last `size` tokens.
+    oldest = tokens % size
+    parts = new[:, :, tokens - oldest :], new[:, :, tokens - size : tokens - oldest]
+    return torch.cat(parts, 2)
+
+
 def pad_tokens(x: Tensor, total: int) -> Tensor:
     """``x [B, H, T, D]`` with zeros behind it up to ``total`` tokens."""
     missing = total - x.shape[2]

@@ -1,0 +1,204 @@
+"""Gradients of the queries, through the window and through the memory."""
+
+import torch
+import triton
+import triton.language as tl
+from newllm.kernels.attention_backward_recall import Recalled
+from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
+from newllm.kernels.attention_tiles import (
+    elements,
+    hide,
+    load_clamped,
+    load_rows,
+    load_state,
+    query_tile,
+    rotate_back,
+    row_facts,
+    softmax_weights,
+    tiled,
+    two_halves,
+)
+from newllm.kernels.common import LOG2E, dot, padded, precision
+from newllm.kernels.tiles import attention_tiles
+from torch import Tensor
+
+
+@triton.jit
+def _infini_attention_backward_queries_kernel(
+    q, rotated, k, v, do, lse, delta, pulls, shares, dq, dfeature,
+    cos, sin, states, norms, scale, bias, position, length,
+    q_strides, rotated_strides, k_strides, v_strides, do_strides, rope_strides,
+    H, HKV, T, P, S, W, N, tiles, softmax_scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    BC: tl.constexpr, LOCAL: tl.constexpr, SEGMENTED: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head = (program // tiles).to(tl.int64)
+    b, h = head // H, head % H
+    hkv = h // (H // HKV)
+    before, count, floor = row_facts(position, length, b, T, P)
+    segment, border, first, end = query_tile(program % tiles, before, T, count, S, N, BT, SEGMENTED)
+    row = first + tl.arange(0, BT)
+    real = row < tl.minimum(end, count)
+    if LOCAL:
+        floor = tl.maximum(floor, border + P)
+
+    key_element, value_element = elements(0, 1, K, BK), tl.arange(0, BV)
+    # [BT, BK]
+    queries = load_clamped(rotated, rotated_strides, b, h, first, T, key_element, K, BT, BK)
+    # [BT, BV]
+    gradient = load_clamped(do, do_strides, b, h, first, T, value_element, V, BT, BV)
+    level = tl.load(lse + head * T + row, mask=real, other=0.0)
+    shift = tl.load(delta + head * T + row, mask=real, other=0.0)
+    acc = tl.zeros((BT, BK), tl.float32)
+    if states is not None:
+        state = (b * HKV + hkv) * N + segment
+        # Before the window, since products behind its loop would keep the compiler from overlapping its own.
+        recall = _matrix_slope(
+            gradient, do, states, do_strides, b, h, state, first, T, K, V, BT, BK, BV, BC, PRECISION
+        )
+        recall = recall.to(dq.dtype.element_ty)
+    last = tl.minimum(first + BT, tl.minimum(end, count))
+    stop = tl.where(first < last, last + P, 0)
+    low = tl.maximum(floor, first + P - W + 1)
+    full = tl.maximum(floor, first + BT + P - W)
+    factor = softmax_scale * LOG2E
+    for start in tl.range(low // BS * BS, stop, BS):
+        # [BS, BK]
+        keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
+        # [BS, BV]
+        values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
+        scores = dot(queries, keys.T, None, PRECISION)
+        weights = softmax_weights(scores, factor, level[:, None])
+        if (start < full) | (start + BS > first + P + 1):
+            weights = hide(weights, row + P, start + tl.arange(0, BS), floor, W, 0.0)
+        slopes = dot(gradient, values.T, None, PRECISION)
+        slopes = weights * (slopes - shift[:, None])
+        acc = dot(slopes.to(keys.dtype), keys, acc, PRECISION)
+
+    left, right = (acc * softmax_scale).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
+    if cos is not None:
+        left, right = rotate_back(left, right, cos, sin, rope_strides, b, first, T, K, BT, BK)
+    if states is not None:
+        lower, upper = recall.to(tl.float32).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
+        lower, upper = _recall_gradient(
+            lower, upper, q, norms, pulls, shares, scale, bias, dfeature, q_strides,
+            b, h, H, hkv, state, program, first, real, T, K, BT, BK,
+        )  # fmt: skip
+        left += lower
+        right += upper
+    base = dq + (head * T + first) * K + tl.arange(0, BT)[:, None] * K
+    for part in tl.static_range(0, 2):
+        element = elements(part, 2, K, BK)
+        result = tl.where(real[:, None], left if part == 0 else right, 0.0).to(dq.dtype.element_ty)
+        tl.store(base + element[None, :], result, mask=(row < end)[:, None] & (element < K)[None, :])
+
+
+@triton.jit
+def _recall_gradient(
+    left, right, q, norms, pulls, shares, scale, bias, dfeature, q_strides,
+    b, h, H, hkv, state, program, first, real, T,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Halves [BT, BK/2] of the gradient of raw queries from those of do M^T; stores scale's and bias's."""
+    a, o = 1.0, 0.0
+    if scale is not None:
+        a, o = tl.load(scale + hkv), tl.load(bias + hkv)
+    at = (b * H + h) * T + first + tl.arange(0, BT)
+    pull = tl.load(pulls + at, mask=real, other=0.0)[:, None]
+    share = tl.load(shares + at, mask=real, other=0.0)[:, None]
+    x, slope, z = _slope_and_norm(q, norms, q_strides, b, h, state, first, T, 0, a, o, K, BT, BK)
+    left = (left - pull * z[None, :]) * share * slope
+    x2, slope, z = _slope_and_norm(q, norms, q_strides, b, h, state, first, T, 1, a, o, K, BT, BK)
+    right = (right - pull * z[None, :]) * share * slope
+    if scale is not None:
+        tl.store(dfeature + program * 2, tl.sum(left * x) + tl.sum(right * x2))
+        tl.store(dfeature + program * 2 + 1, tl.sum(left) + tl.sum(right))
+    return left * a, right * a
+
+
+@triton.jit
+def _slope_and_norm(
+    q, norms, strides, b, h, state, first, T, part: tl.constexpr, scale, bias,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Half of a query tile, the slopes of its features [BT, BK/2] and the norm's elements for them [BK/2]."""
+    element = elements(part, 2, K, BK)
+    x = load_clamped(q, strides, b, h, first, T, element, K, BT, BK).to(tl.float32)
+    slope = tl.exp2(tl.minimum(x * (scale * LOG2E) + bias * LOG2E, 0.0))
+    return x, slope, tl.load(norms + state * K + element, mask=element < K, other=0.0)
+
+
+@triton.jit
+def _matrix_slope(
+    gradient, do, states, strides, b, h, state, first, T,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do M^T in blocks of BC values: [BT, BK]."""
+    element = elements(0, 1, K, BK)
+    if BC == BV:
+        # [BK, BV]
+        matrix = load_state(states, state, element, tl.arange(0, BV), K, V, BK, BV)
+        slope = dot(gradient.to(matrix.dtype), matrix.T, None, PRECISION)
+    else:
+        slope = tl.zeros((BT, BK), tl.float32)
+        for start in tl.static_range(0, BV, BC):
+            value = start + tl.arange(0, BC)
+            # [BK, BC]
+            matrix = load_state(states, state, element, value, K, V, BK, BV)
+            # [BT, BC]
+            block = load_clamped(do, strides, b, h, first, T, value, V, BT, BV)
+            slope = dot(block.to(matrix.dtype), matrix.T, slope, PRECISION)
+    return slope
+
+
+def query_gradients(
+    q: Tensor,
+    rotated: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    layout: Attention,
+    rope: Rope | None,
+    memory: Recall | None,
+    told: Recalled | None,
+    dq: Tensor,
+) -> Tensor | None:
+    """Write the gradient of q ``[B, H, T, K]`` into ``dq``, which may be where ``rotated`` lies.
+
+    ``rotated`` is q after rotation, ``k`` are rotated keys, ``told`` comes from the recall's gradient.
+    Returns the queries' share ``[2, HKV]`` of the gradients of scale and bias, if there are any.
+    """
+    (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    value_width = v.shape[3]
+    bk, bv = two_halves(key_width), padded(value_width)
+    sizes = attention_tiles(
+        "_infini_attention_backward_queries_kernel", q.device, max(bk, bv), q.element_size()
+    )
+    tiles = layout.query_tiles(tokens, sizes["BT"])
+    has_feature = memory is not None and memory.scale is not None
+    dfeature = (
+        q.new_empty(batch, kv_heads, heads // kv_heads * tiles, 2, dtype=torch.float32)
+        if has_feature
+        else None
+    )
+    (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
+    cos, sin, rope_strides = rope_arguments(rope, tokens)
+    recall = memory or NO_MEMORY
+    pull, share = (None, None) if told is None else (told.pull, told.share)
+    _infini_attention_backward_queries_kernel[(batch * heads * tiles,)](
+        q, rotated, keys, values, do, lse, delta, pull, share, dq, dfeature,
+        cos, sin, recall.states, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
+        q.stride()[:3], rotated.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3], rope_strides,
+        heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
+        tiles, key_width**-0.5,
+        K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, 64 if bk <= 64 else 32),
+        LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
+        PRECISION=precision(q.dtype),
+        **sizes,
+    )  # fmt: skip
+    return None if dfeature is None else dfeature.sum((0, 2)).T

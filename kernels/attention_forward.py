@@ -1,0 +1,159 @@
+"""The Infini-attention layer's forward pass, and plain sliding-window attention: one kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
+from newllm.kernels.attention_tiles import (
+    elements,
+    hide,
+    load_clamped,
+    load_rotated,
+    load_rows,
+    load_state,
+    query_tile,
+    row_facts,
+    rows_contiguous,
+    tiled,
+    two_halves,
+)
+from newllm.kernels.common import LOG2E, dot, features, padded, precision
+from newllm.kernels.tiles import attention_tiles
+from torch import Tensor
+
+
+@triton.jit
+def _infini_attention_forward_kernel(
+    q, k, v, out, lse, cos, sin, states, norms, gate, scale, bias, position, length,
+    q_strides, k_strides, v_strides, rope_strides,
+    H, HKV, T, P, S, W, N, tiles, softmax_scale, eps,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    PARTS: tl.constexpr, LOCAL: tl.constexpr, SEGMENTED: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head = (program // tiles).to(tl.int64)
+    b, h = head // H, head % H
+    hkv = h // (H // HKV)
+    before, count, floor = row_facts(position, length, b, T, P)
+    segment, border, first, end = query_tile(program % tiles, before, T, count, S, N, BT, SEGMENTED)
+    row = first + tl.arange(0, BT)
+    if LOCAL:
+        floor = tl.maximum(floor, border + P)
+
+    key_element, value_element = elements(0, 1, K, BK), tl.arange(0, BV)
+    # [BT, BK]
+    if cos is None:
+        queries = load_clamped(q, q_strides, b, h, first, T, key_element, K, BT, BK)
+    else:
+        rotated = load_rotated(q, cos, sin, q_strides, rope_strides, b, h, first, T, K, BT, BK)
+        queries = rotated.to(out.dtype.element_ty)
+
+    highest = tl.full((BT,), -1e30, tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    acc = tl.zeros((BT, BV), tl.float32)
+    last = tl.minimum(first + BT, tl.minimum(end, count))
+    stop = tl.where(first < last, last + P, 0)
+    low = tl.maximum(floor, first + P - W + 1)
+    full = tl.maximum(floor, first + BT + P - W)
+    factor = softmax_scale * LOG2E
+    for start in tl.range(low // BS * BS, stop, BS):
+        # [BS, BK]
+        keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
+        scores = dot(queries, keys.T, None, PRECISION)
+        if (start < full) | (start + BS > first + P + 1):
+            scores = hide(scores, row + P, start + tl.arange(0, BS), floor, W, float("-inf"))
+        peak = tl.maximum(highest, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - peak[:, None])
+        decay = tl.exp2(highest - peak)
+        total = total * decay + tl.sum(weights, 1)
+        highest = peak
+        # [BS, BV]
+        values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
+        acc = dot(weights.to(values.dtype), values, acc * decay[:, None], PRECISION)
+
+    real = row < tl.minimum(end, count)
+    base = head * T + first
+    level: tl.constexpr = lse.dtype.element_ty
+    tl.store(lse + base + tl.arange(0, BT), highest.to(level) + tl.log2(total.to(level)), mask=real)
+    if gate is not None:
+        share = tl.load(gate + h)
+        acc = acc * ((1 - share) / total)[:, None]
+        acc = _add_recalled(
+            acc, share, q, states, norms, scale, bias, q_strides, b, h, hkv, (b * HKV + hkv) * N + segment,
+            first, T, eps, K, V, BT, BK, BV, PARTS, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = acc / total[:, None]
+    result = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
+    pointers = out + base * V + tl.arange(0, BT)[:, None] * V + value_element[None, :]
+    tl.store(pointers, result, mask=(row < end)[:, None] & (value_element < V)[None, :])
+
+
+@triton.jit
+def _add_recalled(
+    acc, share, q, states, norms, scale, bias, q_strides, b, h, hkv, state, first, T, eps,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + share A_mem`` of a query tile, in one or two parts of the features."""
+    a, o = 1.0, 0.0
+    if scale is not None:
+        a, o = tl.load(scale + hkv), tl.load(bias + hkv)
+    value = tl.arange(0, BV)
+    weight = tl.zeros((BT,), tl.float32)
+    for part in tl.static_range(0, PARTS):
+        element = elements(part, PARTS, K, BK)
+        # Features beyond K meet zeros, in the norm and in the matrix.
+        f = features(load_clamped(q, q_strides, b, h, first, T, element, K, BT, BK), a, o)
+        z = tl.load(norms + state * K + element, mask=element < K, other=0.0)
+        weight += tl.sum(f * z[None, :], 1)
+    share = share / tl.maximum(weight, eps)
+    for part in tl.static_range(0, PARTS):
+        element = elements(part, PARTS, K, BK)
+        if PARTS > 1:
+            f = features(load_clamped(q, q_strides, b, h, first, T, element, K, BT, BK), a, o)
+        # [BK / PARTS, BV]
+        matrix = load_state(states, state, element, value, K, V, BK, BV)
+        acc = dot((f * share[:, None]).to(matrix.dtype), matrix, acc, PRECISION)
+    return acc
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Attention,
+    rope: Rope | None,
+    memory: Recall | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q ``[B, H, T, K]`` to rotated keys ``k [B, HKV, P + T, K]`` and values, and the memory.
+
+    Returns out ``[B, H, T, V]`` in q's dtype and the softmax's log2-sum-exp2 ``[B, H, T]``.
+    """
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    value_width = v.shape[3]
+    bk, bv = two_halves(key_width), padded(value_width)
+    sizes = attention_tiles("_infini_attention_forward_kernel", q.device, max(bk, bv), q.element_size())
+    out = q.new_empty(batch, heads, tokens, value_width)
+    # A rounded sum would be the largest error of the backward pass of float32.
+    lse = q.new_empty(
+        batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32
+    )
+    tiles = layout.query_tiles(tokens, sizes["BT"])
+    (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
+    cos, sin, rope_strides = rope_arguments(rope, tokens)
+    recall = memory or NO_MEMORY
+    _infini_attention_forward_kernel[(batch * heads * tiles,)](
+        q, keys, values, out, lse, cos, sin, recall.states, recall.norms, recall.gate,
+        recall.scale, recall.bias, layout.position, layout.length,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], rope_strides,
+        heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
+        tiles, key_width**-0.5, recall.eps,
+        K=key_width, V=value_width, BK=bk, BV=bv, PARTS=1 if bk <= 128 else 2,
+        LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
+        PRECISION=precision(q.dtype),
+        **sizes,
+    )  # fmt: skip
+    return out, lse

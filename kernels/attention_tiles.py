@@ -1,0 +1,206 @@
+"""Tiles of queries and keys, shared by the attention kernels.
+
+A *slot* counts keys from the first one that a call is given: the P keys before the first query, then T.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from newllm.kernels.common import INTERPRETED
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied if the elements of a row are not neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def two_halves(width: int) -> int:
+    """Columns of a tile for rows of ``width`` elements, each half of which has a power of two for itself."""
+    return max(32, triton.next_power_of_2(width))
+
+
+def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, bool]:
+    """``x [B, H, T, D]`` for :func:`load_rows` in tiles ``[rows, width]``, and whether as a descriptor."""
+    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    if x.shape[3] != width or not aligned or not _has_copy_engine(x):
+        return x, False
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]), True
+
+
+def _has_copy_engine(x: Tensor) -> bool:
+    return INTERPRETED.value or torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@triton.jit
+def wide(x):
+    """An integer as int64; the interpreter counts loops in Python's own."""
+    return tl.zeros((), tl.int64) + x
+
+
+@triton.jit
+def elements(part: tl.constexpr, parts: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The elements of a row of D in one of the ``parts`` (1 or 2) of a tile BD wide; D stands for none.
+
+    Each half of a row has half of the tile, so that rotation pairs a column with the one BD/2 further.
+    """
+    HALF: tl.constexpr = (D + 1) // 2
+    column = tl.arange(0, BD // parts)
+    if D == BD:
+        # Plainly consecutive, which wide loads depend on.
+        element = column + part * HALF
+    elif parts == 2:
+        element = tl.where(column < HALF, column + part * HALF, D)
+    else:
+        right = column - BD // 2
+        element = tl.where(right < 0, tl.where(column < HALF, column, D), right + HALF)
+    return element
+
+
+@triton.jit
+def load_rows(
+    x,
+    strides,
+    b,
+    h,
+    start,
+    T,
+    element,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows ``start`` .. ``start + BT - 1`` of x [B, H, T, D], zeros where there is none: [BT, BD]."""
+    if TMA:
+        tile = x.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BT, BD)
+    else:
+        row = tl.arange(0, BT)
+        base = x + b * strides[0] + h * strides[1] + wide(start) * strides[2]
+        mask = (start + row < T)[:, None]
+        if D != BD:
+            mask = mask & (element < D)[None, :]
+        tile = tl.load(base + row[:, None] * strides[2] + element[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_clamped(x, strides, b, h, start, T, element, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Some elements of the same rows; those from T on repeat the last one, and their results are dropped."""
+    pointers = (
+        _clamped(x + b * strides[0] + h * strides[1], start, T, strides[2], BT)[:, None] + element[None, :]
+    )
+    return tl.load(pointers) if D == BD else tl.load(pointers, mask=(element < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _clamped(base, start, T, stride, BT: tl.constexpr):
+    """Pointers to the rows from ``start`` on, none of them beyond the last."""
+    row = tl.minimum(tl.arange(0, BT), T - 1 - start)
+    return base + wide(start) * stride + row * stride
+
+
+@triton.jit
+def load_state(
+    states, state, row, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """Some rows and columns of one of the matrices [K, V], zeros outside."""
+    pointers = states + state * K * V + row[:, None] * V + column[None, :]
+    if K == BK and V == BV:
+        block = tl.load(pointers)
+    else:
+        block = tl.load(pointers, mask=(row < K)[:, None] & (column < V)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def load_rotated(
+    x, cos, sin, strides, rope_strides, b, h, start, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``start`` on of x [B, H, T, D] after rotation, clamped as above, in float32: [BT, BD]."""
+    element = elements(0, 1, D, BD)
+    # The other half of a pair is loaded a second time, which is cheaper than moving it between threads.
+    partner = (element + D // 2) % D
+    if D != BD:
+        partner = tl.where(element < D, partner, D)
+    # [BT, BD]
+    own = load_clamped(x, strides, b, h, start, T, element, D, BT, BD).to(tl.float32)
+    other = load_clamped(x, strides, b, h, start, T, partner, D, BT, BD).to(tl.float32)
+    c, s = load_rope(cos, sin, rope_strides, b, start, T, element, D, BT)
+    return own * c + other * s * tl.where(element < D // 2, -1.0, 1.0)[None, :]
+
+
+@triton.jit
+def rotate_back(
+    left, right, cos, sin, rope_strides, b, start, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
+    """The transpose of the rotation, for gradients."""
+    c, s = load_rope(cos, sin, rope_strides, b, start, T, elements(0, 2, D, BD), D, BT)
+    c2, s2 = load_rope(cos, sin, rope_strides, b, start, T, elements(1, 2, D, BD), D, BT)
+    return left * c + right * s2, right * c2 - left * s
+
+
+@triton.jit
+def load_rope(cos, sin, strides, b, start, T, element, D: tl.constexpr, BT: tl.constexpr):
+    """Some columns of both tables [B or 1, T, D] in float32."""
+    at = wide(b) * strides[0]
+    real = (element < D)[None, :]
+    c = tl.load(_clamped(cos + at, start, T, strides[1], BT)[:, None] + element[None, :], real, 0.0)
+    s = tl.load(_clamped(sin + at, start, T, strides[1], BT)[:, None] + element[None, :], real, 0.0)
+    return c.to(tl.float32), s.to(tl.float32)
+
+
+@triton.jit
+def query_tile(tile, position, T, length, S, N, BT: tl.constexpr, SEGMENTED: tl.constexpr):
+    """The tile's segment, that segment's first token, the tile's first token and the one behind its last.
+
+    Tiles start at the row's segment borders, so that none spans two segments.
+    """
+    if SEGMENTED:
+        tiles = tl.cdiv(S, BT)
+        segment = tile // tiles
+        border = segment * S - position % S
+        first = tl.maximum(border, 0) + (tile % tiles) * BT
+        end = tl.minimum(border + S, T)
+    else:
+        segment = tile * 0
+        border = tile * 0
+        first = tile * BT
+        end = T + tile * 0
+    return segment.to(tl.int32), border.to(tl.int32), first.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def row_facts(position, length, b, T, P):
+    """Row b's tokens before this call, its real tokens in this call, and the first slot that holds a key."""
+    before = tl.zeros((), tl.int64)
+    if position is not None:
+        before = tl.load(position + b)
+    count = T
+    if length is not None:
+        count = tl.load(length + b).to(tl.int32)
+    floor = P - tl.minimum(before, P).to(tl.int32)
+    return before, count, floor
+
+
+@triton.jit
+def hide(scores, row, slot, floor, W, HIDDEN: tl.constexpr):
+    """Scores [BT, BS] of queries in slots ``row``, with HIDDEN where a query does not see a key.
+
+    It sees W slots up to its own, as far as they hold keys.
+    """
+    low = tl.maximum(row - W + 1, floor)
+    # One comparison for both ends: a key before the first one is a huge unsigned distance away.
+    distance = (slot[None, :] - low[:, None]).to(tl.uint32, bitcast=True)
+    return tl.where(distance <= (row - low).to(tl.uint32, bitcast=True)[:, None], scores, HIDDEN)
+
+
+@triton.jit
+def softmax_weights(scores, factor, level):
+    """exp2(factor * scores - level); a level of float64 is taken off in two steps of float32."""
+    upper = level.to(tl.float32)
+    exponent = scores * factor - upper
+    if level.dtype == tl.float64:
+        exponent -= (level - upper).to(tl.float32)
+    return tl.exp2(exponent)
