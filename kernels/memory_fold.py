@@ -29,7 +29,7 @@ def product_types(dtype: torch.dtype) -> dict[str, Any]:
 
 def state_precision(dtype: torch.dtype) -> str:
     """The precision of products of two float32 states, for inputs of ``dtype``."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+    return "tf32" if dtype == torch.bfloat16 else precision(dtype)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ def _tile(rows: int, columns: int, warps: int, stages: int) -> Tiles:
 ATTENTION: dict[str, dict[tuple[int, int] | str, ByWidth]] = {
     "_infini_attention_forward_kernel": {
         (9, 0): {
-            (64, 2): _tile(64, 64, 4, 3),
+            (64, 2): _tile(64, 64, 4, 2),
             (128, 2): _tile(64, 64, 4, 3),
             (256, 2): _tile(64, 32, 8, 2),
             (128, 4): _tile(32, 32, 4, 2),
@@ -88,7 +88,7 @@ TILES: dict[str, dict[tuple[int, int] | str, Tiles]] = {
     },
     # BN splits at once.
     "_infini_decode_combine_kernel": {
-        (9, 0): {"BN": 16, "PDL": 1, "num_warps": 8},
+        (9, 0): {"BN": 16, "PDL": 1, "num_warps": 1},
         "default": {"BN": 16, "PDL": 0, "num_warps": 8},
     },
 }
