@@ -94,4 +94,9 @@ def _graph(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, held: Call) -> None:
+    """Replay what was captured of ``held``, whose tensors the graph reads: it must outlive the graph."""
+    graph.replay()
