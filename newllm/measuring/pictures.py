@@ -37,7 +37,8 @@ def layer_figure(rows: list[Row]) -> Figure:
             chosen = [row for row in timed if (row.shape, row.direction) == (shape, direction)]
             _panel(axes, sorted(chosen, key=lambda row: row.ms or 0), f"{shape}, {direction}")
     first = timed[0]
-    figure.suptitle(f"Time of one layer on {first.device}, {first.dtype}; dotted: floor of the whole layer")
+    title = f"Time of one layer on {first.device}, {first.dtype}"
+    figure.suptitle(f"{title}\ndotted: floor of the whole layer", fontsize="medium")
     return figure
 
 
