@@ -1,29 +1,268 @@
-"""The fused attention kernels against the reference: outputs, states and every gradient."""
+"""The fused layer and window attention in the interpreter; test_fused_attention_gpu.py goes far wider."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from newllm.testing import CASES
+from newllm import ops
+from newllm.ops import attention_fused as fused
+from newllm.testing import CASES, Inputs, OpCase, mapped
+from newllm.types import FeatureMap
+from tests.attention_cases import SIZES, Launches, judge, layer, patch_once, window
 
-VARIANTS = [
-    (op, variant) for op in ("window_attention", "infini_attention") for variant in CASES[op].variants
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        patch_once(monkeypatch)
+
+
+CASE_ROWS = [
+    (op, variant, BF16 if op == "infini_attention" else F32)
+    for op in ("window_attention", "infini_attention")
+    for variant in CASES[op].variants
 ]
 
-# Wide enough that no sum of a handful of numbers decides.
-WIDE = {"heads": 8, "kv_heads": 4, "tokens": 40, "key": 16, "value": 24, "window": 20, "segment": 12}
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("op", "variant"), VARIANTS)
-def test_every_variant_is_no_worse_than_the_reference(
+@pytest.mark.parametrize(("op", "variant", "dtype"), CASE_ROWS, ids=str)
+def test_every_variant_obeys_the_error_rule(
     op: str, variant: str, dtype: torch.dtype, fused_device: str
 ) -> None:
-    case = CASES[op]
-    inputs: dict[str, Any] = case.inputs(variant, dtype, device=fused_device, **WIDE)
+    case = replace(CASES[op], sizes={**SIZES, "batch": 2 if variant in ("padded", "continued") else 1})
+    inputs = case.inputs(variant, dtype, device=fused_device, tokens=14, segment=9, window=11)
+    case.judge(inputs, dtype, function=partial(case.public, backend="fused"))
+
+
+# Sizes of one judged case beside those of attention_cases.
+BATCH, SHORT = {"batch": 2}, {"tokens": 25, "segment": 5, "window": 9}
+# Seeds with which the gradients of two gates and one feature map, three numbers, are not exact by luck.
+LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
+    # Several tiles a segment and a window beyond a tile.
+    ("learned", F32, {"tokens": 70, "segment": 40, "window": 45, "seed": 1}),
+    ("delta learned stream", F32, {"tokens": 60, "segment": 40, "window": 45, "seed": 1}),
+    # Groups of three.
+    ("", BF16, {"heads": 6, "kv_heads": 2, "tokens": 12, "segment": 9}),
+    ("learned tanh padded apart stream by-row", BF16, {**BATCH, "seed": 2}),
+    ("stream", F16, {"tokens": 20}),
+    ("local stream", BF16, BATCH),
+    ("no-memory padded stream", BF16, BATCH),
+    ("weights cut", F32, {**SHORT, "seed": 2}),
+    ("full", F32, {**SHORT, "seed": 2}),
+    ("two", F32, SHORT),
+    ("delta two", F32, SHORT),
+    ("learned open", BF16, {}),
+    ("delta stream", F32, {"tokens": 1}),
+    ("", F32, {"tokens": 11, "seed": 1}),
+    ("learned", F32, {"key": 80, "value": 96, "tokens": 20}),
+    ("", F32, {"key": 96, "value": 7, "tokens": 20}),
+    ("no-rope", F32, {"key": 35, "value": 80, "tokens": 20, "seed": 2}),
+]
+
+
+@pytest.mark.parametrize(("changes", "dtype", "sizes"), LAYER, ids=str)
+def test_the_layer_obeys_the_error_rule(
+    changes: str, dtype: torch.dtype, sizes: dict[str, int], fused_device: str
+) -> None:
+    """Rules, gates, detach modes, streams, padding, strides, widths: outputs, states and all gradients."""
+    judge(layer(changes), dtype, fused_device, **sizes)
+
+
+WINDOW: list[tuple[str, torch.dtype, dict[str, int]]] = [
+    ("", F32, {"tokens": 70, "window": 35, "key": 64, "value": 32}),
+    ("apart padded by-row", F32, BATCH),
+    ("local", BF16, {}),
+]
+
+
+@pytest.mark.parametrize(("changes", "dtype", "sizes"), WINDOW, ids=str)
+def test_the_window_obeys_the_error_rule(
+    changes: str, dtype: torch.dtype, sizes: dict[str, int], fused_device: str
+) -> None:
+    judge(window(changes), dtype, fused_device, **sizes)
+
+
+# What a call may not depend on
+
+
+def in_calls(cuts: tuple[int, ...], rope: tuple[Tensor, Tensor], padding_mask: Tensor, **inputs: Any) -> Any:
+    """The layer's results from one call for each pair of ``cuts``."""
+    qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
+    history = torch.arange(1 - inputs["window"], 0, device=padding_mask.device)
+    state, outs = None, []
+    for start, end in pairwise(cuts):
+        real = padding_mask[:, start:end]
+        index = real.cumsum(1) - 1
+        if state is not None:
+            index = torch.cat([history.expand(len(real), -1), index], 1) + state.position[:, None]
+        call = {name: x[:, :, start:end] for name, x in qkv.items()}
+        call["rope"] = tuple(table[index.clamp(min=0)] for table in rope)
+        out, state = ops.infini_attention(**call, **inputs, state=state, padding_mask=real, backend="fused")
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_any_split_is_one_call(rule: str, fused_device: str) -> None:
+    """Calls that continue each other, with gradients through their states, and the reference of the whole."""
+    case = layer(f"{rule if rule == 'delta' else ''} padded")
+    sizes = {"batch": 2, "tokens": 20, "segment": 5, "window": 11}
+    inputs = case.inputs("changed", F32, device=fused_device, seed=2, **sizes)
+    inputs["padding_mask"][1, ::2] = True
+    case.judge(inputs, F32, function=partial(in_calls, (0, 9, 20)))
+
+
+@pytest.mark.parametrize("op", ["window_attention", "infini_attention"])
+def test_one_token_attends_to_itself(op: str, fused_device: str) -> None:
+    case: OpCase = {"window_attention": window, "infini_attention": layer}[op]("")
+    inputs = case.inputs("changed", F32, device=fused_device, tokens=1)
+    case.judge(inputs, F32, function=partial(case.public, backend="fused"), gradients=False)
+
+
+@pytest.mark.parametrize("changes", ["learned delta", "local"])
+def test_no_token_sees_a_later_one(changes: str, fused_device: str) -> None:
+    """Bit by bit, and no gradient of an output reaches a later token."""
+    case, now = layer(changes), 18
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1)
+    qkv = {name: inputs.pop(name).requires_grad_() for name in ("q", "k", "v")}
+    later = {name: torch.cat([x[:, :, :now], x[:, :, now:] + 1], 2) for name, x in qkv.items()}
+    out, _ = case.public(**qkv, **inputs, backend="fused")
+    changed, _ = case.public(**later, **inputs, backend="fused")
+    assert torch.equal(out[:, :, :now], changed[:, :, :now])
+    for slope in torch.autograd.grad(out[:, :, :now].sum(), [*qkv.values()]):
+        assert slope[:, :, :now].any()
+        assert not slope[:, :, now:].any()
+
+
+def test_padding_is_as_if_it_were_not_there(fused_device: str) -> None:
+    """Rows padded on the left, on the right and between, against each row by itself."""
+    case = layer("learned")
+    inputs = case.inputs("changed", F32, device=fused_device, batch=3, segment=6, window=9, tokens=21)
+    mask = torch.ones(3, 21, dtype=torch.bool, device=fused_device)
+    mask[0, :8] = mask[1, 15:] = mask[2, 2:12:3] = False
+    out, state = case.public(**inputs, padding_mask=mask, backend="fused")
+    assert not out.mT[:, 0].mT[~mask].any()
+    for row, real in enumerate(mask):
+        alone = {name: inputs[name][row : row + 1, :, real] for name in ("q", "k", "v")}
+        alone["rope"] = tuple(table[: int(real.sum())] for table in inputs["rope"])
+        expected, last = case.public(**{**inputs, **alone}, backend="fused")
+        assert torch.equal(out[row : row + 1, :, real], expected)
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(state, last, strict=True))
+
+
+@pytest.mark.parametrize("op", ["window_attention", "infini_attention"])
+def test_autocast_is_a_call_in_its_dtype(op: str, fused_device: str) -> None:
+    case: OpCase = {"window_attention": window, "infini_attention": layer}[op]("")
+    inputs = case.inputs("changed", F32, device=fused_device, tokens=5)
+    lower = {name: inputs[name].to(BF16) for name in ("q", "k", "v")}
+    expected = case.public(**{**inputs, **lower}, backend="fused")
+    with torch.autocast(fused_device, dtype=BF16):
+        found = case.public(**inputs, backend="fused")
+    found, expected = (x if isinstance(x, Tensor) else x[0] for x in (found, expected))
+    assert found.dtype == BF16
+    assert torch.equal(found, expected)
+
+
+# The contract
+
+PARTS = ["forward", "backward_keys", "backward_queries"]
+ATTENTION = {f"_infini_attention_{part}_kernel" for part in PARTS}
+MEMORY = {"_memory_fold_forward_kernel", "_memory_fold_backward_kernel"}
+MEMORY |= {"_infini_attention_backward_recall_kernel"}
+LINEAR, DELTA = {"_memory_scan_linear_kernel"}, {"_memory_scan_delta_kernel"}
+RUNS: list[tuple[str, str, set[str]]] = [
+    ("window_attention", "", {"_rotate_kernel", "_infini_attention_backward_delta_kernel"}),
+    ("window_attention", "local padded no-rope", {"_infini_attention_backward_delta_kernel"}),
+    ("infini_attention", "no-memory stream", {"_rotate_kernel", "_infini_attention_backward_delta_kernel"}),
+    ("infini_attention", "learned tanh weights padded", {"_rotate_kernel"} | MEMORY | LINEAR),
+    ("infini_attention", "delta local stream", {"_rotate_kernel"} | MEMORY | DELTA),
+]
+
+
+@pytest.mark.parametrize(("op", "changes", "kernels"), RUNS)
+def test_only_kernels_run(
+    op: str, changes: str, kernels: set[str], fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case: OpCase = {"window_attention": window, "infini_attention": layer}[op](changes)
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=9, window=5, segment=4)
+    launches = Launches(monkeypatch)
+    case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
+    assert set(launches.names) >= ATTENTION | kernels
+
+
+def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    Launches(monkeypatch)
+    for case in (window(""), layer("")):
+        with pytest.raises(AssertionError, match=r"^the reference's"):
+            case.public(**case.inputs("changed", F32), backend="reference")
+
+
+def _noted(calls: dict[str, tuple[Any, ...]], name: str, op: Any, *args: Any) -> Any:
+    calls[name] = args
+    return op(*args)
+
+
+@pytest.mark.parametrize("changes", ["learned tanh padded stream", "no-memory"])
+def test_contracts_hold(changes: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
+    calls: dict[str, tuple[Any, ...]] = {}
+    inner = {name: getattr(fused, name) for name in ("attention", "attention_backward")}
+    for name, op in inner.items():
+        monkeypatch.setattr(fused, name, partial(_noted, calls, name, op))
+    case = layer(changes)
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=3, segment=2, window=3)
+    case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(inner["attention"], calls["attention"], test_utils=checks)
+    torch.library.opcheck(
+        inner["attention_backward"],
+        mapped(Tensor.detach, calls["attention_backward"]),
+        test_utils=checks[:2],
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "changes"), [("window_attention", ""), ("infini_attention", "learned delta stream")]
+)
+def test_the_operator_compiles_whole(op: str, changes: str, fused_device: str) -> None:
+    case: OpCase = {"window_attention": window, "infini_attention": layer}[op](changes)
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=4, segment=4, window=5)
     function = partial(case.public, backend="fused")
-    case.judge(inputs, dtype, function=function, gradients=dtype != torch.float16)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = case.results(partial(case.call, function=compiled), inputs)
+    wanted = case.results(partial(case.call, function=function), inputs)
+    assert all(torch.equal(x, wanted[name]) for name, x in found.items())
+
+
+def declined() -> dict[str, tuple[str, Inputs, str]]:
+    """Calls that only the reference takes, each with what the refusal says."""
+    plain, wide = (layer("").inputs("changed", F32, key=key, tokens=5) for key in (16, 258))
+    double = mapped(lambda x: x.double(), plain)
+    bare = {name: x for name, x in double.items() if name != "beta"}
+    return {
+        "dtype": ("infini_attention", double, "float64"),
+        "window's dtype": ("window_attention", bare, "float64"),
+        "rule": ("infini_attention", {**plain, "rule": "gamma"}, "'gamma'"),
+        "feature": ("infini_attention", {**plain, "feature": FeatureMap("dpfp", order=1)}, "'dpfp'"),
+        "width": ("infini_attention", wide, "258"),
+    }
+
+
+@pytest.mark.parametrize("name", ["dtype", "window's dtype", "rule", "feature", "width"])
+def test_what_the_kernels_lack_is_the_references(name: str, fused_device: str) -> None:
+    op, inputs, message = declined()[name]
+    public, inputs = CASES[op].public, mapped(lambda x: x.to(fused_device), inputs)
+    found, expected = public(**inputs), public(**inputs, backend="reference")
+    found, expected = (x if isinstance(x, Tensor) else x[0] for x in (found, expected))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=f"^backend 'fused' cannot run {op}: .*{message}"):
+        public(**inputs, backend="fused")

@@ -1,0 +1,208 @@
+"""Calls of the attention operators: the plain case with any of several changes, and a faster interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from newllm import ops
+from newllm.reference import infini
+from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
+from newllm.types import FeatureMap
+
+# Few rows and heads: the interpreter takes its time by program.
+SIZES = {
+    "batch": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "tokens": 37,
+    "key": 16,
+    "value": 24,
+    "window": 20,
+    "segment": 16,
+    "before": 43,
+}
+
+
+def _learned(draw: Draw, inputs: Inputs) -> Inputs:
+    return {"feature": FeatureMap(scale=draw.normal("kv_heads") + 2, bias=draw.normal("kv_heads"))}
+
+
+def _open(draw: Draw, inputs: Inputs) -> Inputs:
+    """Gates that are all but open, and open exactly; the rest are anywhere."""
+    beta = inputs["beta"].clone()
+    beta[0], beta[-1] = 4.6, 40
+    return {"beta": beta}
+
+
+def _weights(draw: Draw, inputs: Inputs) -> Inputs:
+    tokens, segment = draw.sizes["tokens"], draw.sizes["segment"]
+    count = infini.touched_segments(tokens, segment, inputs.get("state") is not None)
+    return {"segment_weight": draw.normal("batch", count).abs()}
+
+
+def _padded(draw: Draw, inputs: Inputs) -> Inputs:
+    return {"padding_mask": draw.mask("batch", "tokens")}
+
+
+def _apart(draw: Draw, inputs: Inputs) -> Inputs:
+    """Queries and keys that lie in memory as [B, T, H, D], values with gaps between their columns."""
+    apart = {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k")}
+    return apart | {"v": inputs["v"].repeat_interleave(2, -1)[..., ::2]}
+
+
+def _stream(draw: Draw, inputs: Inputs) -> Inputs:
+    """The state after earlier tokens, in each row another number of them, and tables that reach back."""
+    kept = {name: inputs[name] for name in ("beta", "window", "segment", "rule", "feature") if name in inputs}
+    before = {name: draw.normal(x.shape[0], x.shape[1], "before", x.shape[3]) for name, x in _qkv(inputs)}
+    lengths = draw.sizes["before"] - 7 * torch.arange(draw.sizes["batch"])[:, None] % draw.sizes["before"]
+    mask = (torch.arange(draw.sizes["before"]) < lengths).to(draw.device)
+    _, state = infini.infini_attention(**before, **kept, padding_mask=mask)
+    ring = inputs["window"] or inputs["segment"]
+    found: Inputs = {"state": mapped(Tensor.detach, state)}
+    if inputs.get("rope") is not None:
+        found["rope"] = tables(draw, draw.sizes["tokens"] + ring)
+    return found
+
+
+def _qkv(inputs: Inputs) -> list[tuple[str, Tensor]]:
+    return [(name, inputs[name]) for name in ("q", "k", "v")]
+
+
+def tables(draw: Draw, rows: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0 .. rows - 1."""
+    sized = {**draw.sizes, "tokens": rows, "batch": 1, "heads": 1, "kv_heads": 1}
+    cos, sin = CASES["infini_attention"].inputs("linear", draw.dtype, device=draw.device, **sized)["rope"]
+    return cos, sin
+
+
+def _by_row(draw: Draw, inputs: Inputs) -> Inputs:
+    """Tables whose rows count from different positions."""
+    found = (torch.stack([x.roll(row, 0) for row in range(draw.sizes["batch"])]) for x in inputs["rope"])
+    return {"rope": tuple(found)}
+
+
+# Applied from left to right, so that "stream" follows what the memory depends on.
+CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
+    "learned": _learned,
+    "delta": {"rule": "delta"},
+    "tanh": {"gate": "tanh"},
+    "open": _open,
+    "local": {"window": None},
+    "no-memory": {"beta": None},
+    "no-rope": {"rope": None},
+    "weights": _weights,
+    "cut": {"detach": "segment"},
+    "full": {"detach": "full"},
+    "two": {"bptt_segments": 2},
+    "padded": _padded,
+    "apart": _apart,
+    "stream": _stream,
+    "by-row": _by_row,
+}
+
+
+def _layer(draw: Draw, changes: str) -> Inputs:
+    inputs: Inputs = CASES["infini_attention"].variants["linear"](draw)
+    for name in changes.split():
+        change = CHANGES[name]
+        inputs |= change(draw, inputs) if callable(change) else change
+    return inputs
+
+
+def _reference(*args: Any, detach: str = "none", bptt_segments: int | None = None, **inputs: Any) -> Any:
+    reach = {"none": bptt_segments, "segment": 1, "full": 0}[detach]
+    return infini.infini_attention(*args, **inputs, bptt_segments=reach)
+
+
+def _without_state_gradient(function: Callable[..., Any], **inputs: Any) -> Any:
+    out, state = function(**inputs)
+    return out, mapped(Tensor.detach, state)
+
+
+def layer(changes: str) -> OpCase:
+    """The layer's case with ``changes``, whose only variant is "changed"."""
+    made = {"changed": partial(_layer, changes=changes)}
+    public, reference = ops.infini_attention, _reference
+    if "full" in changes:
+        # The reference's state then has no gradient, the kernels' one that is zero.
+        public, reference = (partial(_without_state_gradient, f) for f in (public, reference))
+    case = replace(CASES["infini_attention"], public=public, reference=reference)
+    return replace(case, sizes=SIZES, variants=made)
+
+
+def _window(draw: Draw, changes: str) -> Inputs:
+    inputs = _layer(draw, changes)
+    return {name: x for name, x in inputs.items() if name != "beta"}
+
+
+def window(changes: str) -> OpCase:
+    """The same for window attention."""
+    made = {"changed": partial(_window, changes=changes)}
+    return replace(CASES["window_attention"], sizes=SIZES, variants=made)
+
+
+def judge(case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, **sizes: int) -> None:
+    """Hold the fused operator of a case to the error rule."""
+    inputs = case.inputs("changed", dtype, device=device, seed=seed, **sizes)
+    # A float16 reference divides by eps where the memory is empty: its gradient overflows.
+    gradients = dtype != torch.float16 or inputs.get("beta") is None or "state" in inputs
+    case.judge(inputs, dtype, function=partial(case.public, backend="fused"), gradients=gradients)
+
+
+def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter patch Triton's language once a launch instead of at every call of a function."""
+    from triton.runtime import interpreter
+
+    patched: set[Any] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn not in patched:
+            patched.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+class Launches:
+    """The names of the kernels that run, and nothing of the reference that does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from newllm.kernels import rotate
+
+        self.names: list[str] = []
+        kind = type(rotate._rotate_kernel)
+        run = kind.run
+
+        def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            self.names.append(kernel.fn.__name__)
+            return run(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", counted)
+        for module, names in REFERENCE.items():
+            for name in names:
+                monkeypatch.setattr(f"newllm.reference.{module}.{name}", partial(_refuse, name))
+
+
+REFERENCE = {
+    "infini": ("local_attention", "scan", "read", "write_segments", "feature_map", "mix"),
+    "window": ("local_attention", "rotate"),
+    "memory": ("scan", "read", "memory_update", "memory_scan", "memory_retrieve"),
+}
+
+
+def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
+    raise AssertionError(f"the reference's {name} ran")
