@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.attention_layout import Attention
 from newllm.kernels.attention_tiles import (
     elements,
@@ -14,7 +16,6 @@ from newllm.kernels.attention_tiles import (
 )
 from newllm.kernels.common import LOG2E, dot, padded, precision
 from newllm.kernels.tiles import attention_tiles
-from torch import Tensor
 
 
 @triton.jit

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.attention_layout import Attention, Recall
 from newllm.kernels.attention_tiles import elements, load_clamped, load_state, row_facts, two_halves
 from newllm.kernels.common import dot, features, padded, precision
 from newllm.kernels.tiles import attention_tiles
-from torch import Tensor
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import (
     elements,
@@ -19,7 +21,6 @@ from newllm.kernels.attention_tiles import (
 )
 from newllm.kernels.common import LOG2E, dot, features, padded, precision
 from newllm.kernels.tiles import attention_tiles
-from torch import Tensor
 
 
 @triton.jit

@@ -6,9 +6,10 @@ A *slot* counts keys from the first one that a call is given: the P keys before 
 import torch
 import triton
 import triton.language as tl
-from newllm.kernels.common import INTERPRETED
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from newllm.kernels.common import INTERPRETED
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

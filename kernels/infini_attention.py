@@ -3,6 +3,8 @@
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from newllm.kernels.attention_backward_keys import key_gradients
 from newllm.kernels.attention_backward_queries import query_gradients
 from newllm.kernels.attention_backward_recall import Recalled, delta_of, recall_gradients
@@ -15,7 +17,6 @@ from newllm.kernels.memory_fold_backward import fold_backward
 from newllm.kernels.memory_layout import Layout
 from newllm.kernels.memory_scan import Chain
 from newllm.kernels.rotate import rotated
-from torch import Tensor
 
 
 class Call(Protocol):
@@ -47,7 +48,7 @@ class Inputs(NamedTuple):
 
     @property
     def past(self) -> int:
-        """P."""
+        """P, how many tokens before the first query are given."""
         return self.k.shape[2] - self.q.shape[2]
 
     def attention(self, call: Call) -> Attention:
@@ -57,10 +58,10 @@ class Inputs(NamedTuple):
 
     def memory(self, call: Call) -> Layout:
         """Which tokens are written."""
-        past = self.past if self.position is not None else None
-        if past is None:
+        if self.position is None:
             return Layout(call.segment, length=self.length)
-        return Layout(call.segment, self.position, self.length, self.k[:, :, :past], self.v[:, :, :past])
+        past_k, past_v = self.k[:, :, : self.past], self.v[:, :, : self.past]
+        return Layout(call.segment, self.position, self.length, past_k, past_v)
 
     def new(self) -> tuple[Tensor, Tensor]:
         """Keys and values of this call's own tokens."""

@@ -10,10 +10,11 @@ replaces the norm and moves the position. No atomics: the same state gives the s
 import torch
 import triton
 import triton.language as tl
-from newllm.kernels.common import LOG2E, dot, features, padded
-from newllm.kernels.tiles import Tiles, tiles_of
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from newllm.kernels.common import LOG2E, dot, features, padded
+from newllm.kernels.tiles import Tiles, tiles_of
 
 # Most of a split's keys or values: more would not fit the registers.
 TILE_BYTES = 16384

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from newllm.kernels.memory_curvature import curvature, norm_gradients
 from newllm.kernels.memory_fold import fold, fold_correction
 from newllm.kernels.memory_fold_backward import Gradients
@@ -17,7 +19,6 @@ from newllm.kernels.memory_scan import (
     scan_delta,
     scan_norms,
 )
-from torch import Tensor
 
 
 class Correction(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.common import dot, features, padded
 from newllm.kernels.memory_fold import state_precision
 from newllm.kernels.memory_fold_backward import correction_weights, curved, whole_curvature
@@ -19,7 +21,6 @@ from newllm.kernels.memory_layout import (
     unit_stride,
 )
 from newllm.kernels.memory_tiles import CHUNK, memory_tiles
-from torch import Tensor
 
 
 @triton.jit

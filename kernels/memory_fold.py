@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.common import cast, dot, features, memory_dtype, padded, precision
 from newllm.kernels.memory_layout import (
     Layout,
@@ -18,7 +20,6 @@ from newllm.kernels.memory_layout import (
     unit_stride,
 )
 from newllm.kernels.memory_tiles import memory_tiles
-from torch import Tensor
 
 
 def product_types(dtype: torch.dtype) -> dict[str, Any]:

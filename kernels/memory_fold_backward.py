@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded
 from newllm.kernels.memory_fold import product_types, state_precision
 from newllm.kernels.memory_layout import (
@@ -20,7 +22,6 @@ from newllm.kernels.memory_layout import (
     unit_stride,
 )
 from newllm.kernels.memory_tiles import CHUNK, memory_tiles
-from torch import Tensor
 
 
 class Gradients(NamedTuple):

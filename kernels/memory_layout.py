@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from newllm.kernels.common import cast
 from torch import Tensor
+
+from newllm.kernels.common import cast
 
 
 class Layout(NamedTuple):

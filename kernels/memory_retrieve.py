@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded
 from newllm.kernels.memory_fold import product_types
 from newllm.kernels.memory_layout import (
@@ -17,7 +19,6 @@ from newllm.kernels.memory_layout import (
     unit_stride,
 )
 from newllm.kernels.memory_tiles import even_chunk, memory_tiles
-from torch import Tensor
 
 
 class Retrieved(NamedTuple):

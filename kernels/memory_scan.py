@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.common import cast, dot, padded
 from newllm.kernels.memory_fold import state_precision
 from newllm.kernels.memory_layout import contiguous, load_matrix, store_matrix
 from newllm.kernels.memory_tiles import ELEMENTS, memory_tiles
-from torch import Tensor
 
 
 class Chain(NamedTuple):

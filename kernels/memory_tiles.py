@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from newllm.kernels.common import padded
 
 Tiles = dict[str, int]

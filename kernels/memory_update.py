@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from newllm.kernels.memory import Correction
 from newllm.kernels.memory_curvature import curvature, norm_gradients
 from newllm.kernels.memory_fold import fold, fold_correction
@@ -10,7 +12,6 @@ from newllm.kernels.memory_fold_backward import Gradients, TokenGradients, fold_
 from newllm.kernels.memory_layout import Layout, contiguous
 from newllm.kernels.memory_scan import scan, scan_delta
 from newllm.kernels.memory_tiles import even_chunk
-from torch import Tensor
 
 
 def update(

@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from newllm.kernels.attention_layout import Rope, rope_arguments
 from newllm.kernels.attention_tiles import (
     elements,
@@ -11,7 +13,6 @@ from newllm.kernels.attention_tiles import (
     two_halves,
     wide,
 )
-from torch import Tensor
 
 # Heads of a program, which share the tables' rows.
 HEADS = 8
