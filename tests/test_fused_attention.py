@@ -61,6 +61,7 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("delta two", F32, SHORT),
     ("learned open", BF16, {}),
     ("delta stream", F32, {"tokens": 1}),
+    ("", F32, {"tokens": 1}),
     ("", F32, {"tokens": 11, "seed": 1}),
     ("learned", F32, {"key": 80, "value": 96, "tokens": 20}),
     ("", F32, {"key": 96, "value": 7, "tokens": 20}),
@@ -80,6 +81,7 @@ WINDOW: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("", F32, {"tokens": 70, "window": 35, "key": 64, "value": 32}),
     ("apart padded by-row", F32, BATCH),
     ("local", BF16, {}),
+    ("", F32, {"tokens": 1}),
 ]
 
 
@@ -118,13 +120,6 @@ def test_any_split_is_one_call(rule: str, fused_device: str) -> None:
     inputs = case.inputs("changed", F32, device=fused_device, seed=2, **sizes)
     inputs["padding_mask"][1, ::2] = True
     case.judge(inputs, F32, function=partial(in_calls, (0, 9, 20)))
-
-
-@pytest.mark.parametrize("op", ["window_attention", "infini_attention"])
-def test_one_token_attends_to_itself(op: str, fused_device: str) -> None:
-    case: OpCase = {"window_attention": window, "infini_attention": layer}[op]("")
-    inputs = case.inputs("changed", F32, device=fused_device, tokens=1)
-    case.judge(inputs, F32, function=partial(case.public, backend="fused"), gradients=False)
 
 
 @pytest.mark.parametrize("changes", ["learned delta", "local"])
