@@ -14,7 +14,7 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, dot, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, padded, precision
 from newllm.kernels.tiles import attention_tiles
 
 
@@ -76,9 +76,9 @@ def _infini_attention_backward_keys_kernel(
         if LOCAL:
             weights = tl.where(row[None, :] < border[:, None], weights, 0.0)
         slopes = dot(values, gradient.T, None, PRECISION)
-        acc_v = dot(weights.to(gradient.dtype), gradient, acc_v, PRECISION)
+        acc_v = dot(cast(weights, gradient.dtype), gradient, acc_v, PRECISION)
         slopes = weights * (slopes - shift[None, :])
-        acc_k = dot(slopes.to(queries.dtype), queries, acc_k, PRECISION)
+        acc_k = dot(cast(slopes, queries.dtype), queries, acc_k, PRECISION)
 
     # Slots before the row's first token hold no key.
     held = (slot >= floor)[:, None]
@@ -86,7 +86,7 @@ def _infini_attention_backward_keys_kernel(
         dv + at_v, tl.where(held, acc_v, 0.0).to(dv.dtype.element_ty), mask=stored & (value < V)[None, :]
     )
     acc_k = tl.where(held, acc_k * softmax_scale, 0.0)
-    tl.store(dk + at_k, acc_k.to(dk.dtype.element_ty), mask=stored & (element < K)[None, :])
+    tl.store(dk + at_k, cast(acc_k, dk.dtype.element_ty), mask=stored & (element < K)[None, :])
 
 
 @triton.jit

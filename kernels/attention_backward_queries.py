@@ -20,7 +20,7 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, dot, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, padded, precision
 from newllm.kernels.tiles import attention_tiles
 
 
@@ -59,7 +59,7 @@ def _infini_attention_backward_queries_kernel(
         recall = _matrix_slope(
             gradient, do, states, do_strides, b, h, state, first, T, K, V, BT, BK, BV, BC, PRECISION
         )
-        recall = recall.to(dq.dtype.element_ty)
+        recall = cast(recall, dq.dtype.element_ty)
     last = tl.minimum(first + BT, tl.minimum(end, count))
     stop = tl.where(first < last, last + P, 0)
     low = tl.maximum(floor, first + P - W + 1)
@@ -76,7 +76,7 @@ def _infini_attention_backward_queries_kernel(
             weights = hide(weights, row + P, start + tl.arange(0, BS), floor, W, 0.0)
         slopes = dot(gradient, values.T, None, PRECISION)
         slopes = weights * (slopes - shift[:, None])
-        acc = dot(slopes.to(keys.dtype), keys, acc, PRECISION)
+        acc = dot(cast(slopes, keys.dtype), keys, acc, PRECISION)
 
     left, right = (acc * softmax_scale).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
     if cos is not None:
@@ -92,7 +92,7 @@ def _infini_attention_backward_queries_kernel(
     base = dq + (head * T + first) * K + tl.arange(0, BT)[:, None] * K
     for part in tl.static_range(0, 2):
         element = elements(part, 2, K, BK)
-        result = tl.where(real[:, None], left if part == 0 else right, 0.0).to(dq.dtype.element_ty)
+        result = cast(tl.where(real[:, None], left if part == 0 else right, 0.0), dq.dtype.element_ty)
         tl.store(base + element[None, :], result, mask=(row < end)[:, None] & (element < K)[None, :])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from newllm.kernels.attention_layout import Attention, Recall
 from newllm.kernels.attention_tiles import elements, load_clamped, load_state, row_facts, two_halves
-from newllm.kernels.common import dot, features, padded, precision
+from newllm.kernels.common import cast, dot, features, padded, precision
 from newllm.kernels.tiles import attention_tiles
 
 
@@ -77,7 +77,7 @@ def _infini_attention_backward_recall_kernel(
             gradient = load_clamped(do, do_strides, b, h, first, T, value, V, BT, BV)
             # [BK, BS]
             matrix = load_state(states, state, element, value, K, V, BK, BV)
-            known = dot(f.to(product), matrix, None, PRECISION)
+            known = dot(cast(f, product), matrix, None, PRECISION)
             answer += tl.sum(known * gradient.to(tl.float32), 1)
             whole += tl.sum(results.to(tl.float32) * gradient.to(tl.float32), 1)
             if blocks == 1 or c0 == block * BS:
@@ -96,7 +96,7 @@ def _infini_attention_backward_recall_kernel(
             tl.store(place, tl.sum(answer))
             tl.store(place + 1, tl.sum(tl.where(real, whole, 0.0)))
             acc_norm += f * (share * pull)[:, None]
-        acc = dot((f * share[:, None]).to(product).T, own.to(product), acc, PRECISION)
+        acc = dot(cast(f * share[:, None], product).T, own.to(product), acc, PRECISION)
     value = block * BS + tl.arange(0, BS)
     pointers = dstates + state * K * V + element[:, None] * V + value[None, :]
     tl.store(pointers, acc, mask=(element < K)[:, None] & (value < V)[None, :])

@@ -19,7 +19,7 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, dot, features, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, features, padded, precision
 from newllm.kernels.tiles import attention_tiles
 
 
@@ -48,7 +48,7 @@ def _infini_attention_forward_kernel(
         queries = load_clamped(q, q_strides, b, h, first, T, key_element, K, BT, BK)
     else:
         rotated = load_rotated(q, cos, sin, q_strides, rope_strides, b, h, first, T, K, BT, BK)
-        queries = rotated.to(out.dtype.element_ty)
+        queries = cast(rotated, out.dtype.element_ty)
 
     highest = tl.full((BT,), -1e30, tl.float32)
     total = tl.zeros((BT,), tl.float32)
@@ -71,7 +71,7 @@ def _infini_attention_forward_kernel(
         highest = peak
         # [BS, BV]
         values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
-        acc = dot(weights.to(values.dtype), values, acc * decay[:, None], PRECISION)
+        acc = dot(cast(weights, values.dtype), values, acc * decay[:, None], PRECISION)
 
     real = row < tl.minimum(end, count)
     base = head * T + first
@@ -86,7 +86,7 @@ def _infini_attention_forward_kernel(
         )  # fmt: skip
     else:
         acc = acc / total[:, None]
-    result = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
+    result = cast(tl.where(real[:, None], acc, 0.0), out.dtype.element_ty)
     pointers = out + base * V + tl.arange(0, BT)[:, None] * V + value_element[None, :]
     tl.store(pointers, result, mask=(row < end)[:, None] & (value_element < V)[None, :])
 
@@ -116,7 +116,7 @@ def _add_recalled(
             f = features(load_clamped(q, q_strides, b, h, first, T, element, K, BT, BK), a, o)
         # [BK / PARTS, BV]
         matrix = load_state(states, state, element, value, K, V, BK, BV)
-        acc = dot((f * share[:, None]).to(matrix.dtype), matrix, acc, PRECISION)
+        acc = dot(cast(f * share[:, None], matrix.dtype), matrix, acc, PRECISION)
     return acc
 
 

@@ -13,6 +13,7 @@ from newllm.kernels.attention_tiles import (
     two_halves,
     wide,
 )
+from newllm.kernels.common import cast
 
 # Heads of a program, which share the tables' rows.
 HEADS = 8
@@ -43,8 +44,12 @@ def _rotate_kernel(
         else:
             turned, other = left * c - right * s, right * c2 + left * s2
         pointers = out + ((b * H + h) * T + first) * D + row[:, None] * D
-        tl.store(pointers + lower[None, :], turned.to(out.dtype.element_ty), mask=real & (lower < D)[None, :])
-        tl.store(pointers + upper[None, :], other.to(out.dtype.element_ty), mask=real & (upper < D)[None, :])
+        tl.store(
+            pointers + lower[None, :], cast(turned, out.dtype.element_ty), mask=real & (lower < D)[None, :]
+        )
+        tl.store(
+            pointers + upper[None, :], cast(other, out.dtype.element_ty), mask=real & (upper < D)[None, :]
+        )
 
 
 def rotated(x: Tensor, rope: Rope | None, out: Tensor | None = None, *, back: bool = False) -> Tensor:

@@ -43,22 +43,22 @@ def test_every_variant_obeys_the_error_rule(
 
 
 # Sizes of one judged case beside those of attention_cases.
-BATCH, SHORT = {"batch": 2}, {"tokens": 25, "segment": 5, "window": 9}
+BATCH, SHORT = {"batch": 2}, {"tokens": 20, "segment": 5, "window": 9}
 # Seeds with which the gradients of two gates and one feature map, three numbers, are not exact by luck.
 LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     # Several tiles a segment and a window beyond a tile.
     ("learned", F32, {"tokens": 70, "segment": 40, "window": 45, "seed": 1}),
     ("delta learned stream", F32, {"tokens": 60, "segment": 40, "window": 45, "seed": 1}),
     # Groups of three.
-    ("", BF16, {"heads": 6, "kv_heads": 2, "tokens": 12, "segment": 9}),
-    ("learned tanh padded apart stream by-row", BF16, {**BATCH, "seed": 2}),
+    ("", BF16, {"heads": 3, "tokens": 12, "segment": 9, "seed": 2}),
+    ("learned tanh padded apart stream by-row", BF16, {**BATCH, "tokens": 20}),
     ("stream", F16, {"tokens": 20}),
-    ("local stream", BF16, BATCH),
-    ("no-memory padded stream", BF16, BATCH),
-    ("weights cut", F32, {**SHORT, "seed": 2}),
-    ("full", F32, {**SHORT, "seed": 2}),
+    ("local stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
+    ("no-memory padded stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
+    ("weights cut", F32, {**SHORT, "seed": 1}),
+    ("full", F32, {**SHORT, "seed": 1}),
     ("two", F32, SHORT),
-    ("delta two", F32, SHORT),
+    ("delta two", F32, {**SHORT, "seed": 2}),
     ("learned open", BF16, {}),
     ("delta stream", F32, {"tokens": 1}),
     ("", F32, {"tokens": 1}),
