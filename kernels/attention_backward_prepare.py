@@ -23,19 +23,22 @@ from newllm.kernels.tiles import tiles_of
 
 @triton.jit
 def _infini_attention_backward_prepare_kernel(
-    q, out, do, queries, delta, pulls, shares, sums, cos, sin, states, norms, gate, scale, bias,
-    position, length, q_strides, out_strides, do_strides, rope_strides, HKV, GROUP, T, S, N, tiles, eps,
+    q, v, out, do, queries, delta, pulls, shares, sums, cos, sin, states, norms, gate, scale, bias,
+    position, length, q_strides, v_strides, out_strides, do_strides, rope_strides,
+    HKV, GROUP, T, P, S, W, N, tiles, eps,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr,
+    LOCAL: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program takes a tile of all query heads that share a memory, and with it matrix and tables."""
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
     b, hkv = head // HKV, head % HKV
-    before, count, _ = row_facts(position, length, b, T, 0)
-    segment, _, first, end = query_tile(program % tiles, before, T, count, S, N, BT, SEGMENTED)
+    before, count, floor = row_facts(position, length, b, T, P)
+    segment, border, first, end = query_tile(program % tiles, before, T, count, S, N, BT, SEGMENTED)
     row = first + tl.arange(0, BT)
     real = row < tl.minimum(end, count)
+    if LOCAL:
+        floor = tl.maximum(floor, border + P)
     lower, upper, value = elements(0, 2, K, BK), elements(1, 2, K, BK), tl.arange(0, BV)
     if states is not None:
         state = head * N + segment
@@ -47,8 +50,8 @@ def _infini_attention_backward_prepare_kernel(
         z2 = tl.load(norms + state * K + upper, mask=upper < K, other=0.0)
         if BS == BV:
             # [BK/2, BV]
-            matrix = load_state(states, state, lower, value, K, V, BK // 2, BV)
-            matrix2 = load_state(states, state, upper, value, K, V, BK // 2, BV)
+            matrix = load_state(states, state, lower, value, K, V, BK, BV)
+            matrix2 = load_state(states, state, upper, value, K, V, BK, BV)
     for h in tl.range(hkv * GROUP, hkv * GROUP + GROUP):
         rows = (b * HKV * GROUP + h) * T + row
         # [BT, BV]
@@ -73,13 +76,13 @@ def _infini_attention_backward_prepare_kernel(
                 answer += tl.sum(f2 * dot(gradient.to(matrix.dtype), matrix2.T, None, PRECISION), 1)
             else:
                 answer = tl.zeros((BT,), tl.float32)
-                for start in tl.static_range(0, BV, BS):
+                for start in tl.range(0, BV, BS, num_stages=1):
                     column = start + tl.arange(0, BS)
                     # [BT, BS]
                     block = load_clamped(do, do_strides, b, h, first, T, column, V, BT, BV)
                     # [BK/2, BS]
-                    matrix = load_state(states, state, lower, column, K, V, BK // 2, BS)
-                    matrix2 = load_state(states, state, upper, column, K, V, BK // 2, BS)
+                    matrix = load_state(states, state, lower, column, K, V, BK, BV)
+                    matrix2 = load_state(states, state, upper, column, K, V, BK, BV)
                     answer += tl.sum(f * dot(block.to(matrix.dtype), matrix.T, None, PRECISION), 1)
                     answer += tl.sum(f2 * dot(block.to(matrix.dtype), matrix2.T, None, PRECISION), 1)
             answer = tl.where(real, answer / weight, 0.0)
@@ -91,6 +94,13 @@ def _infini_attention_backward_prepare_kernel(
             tl.store(place + 1, tl.sum(tl.where(real, shift, 0.0)))
             # A weight of zero meets it where g is one.
             shift = tl.where(g == 1, 0.0, (shift - g * answer) / (1 - g))
+        if (W == 1) | (first + P <= floor):
+            # A single key has no slope: that takes the very product it is subtracted from, not a rounded out.
+            # [BT, BV]
+            values = load_clamped(v, v_strides, b, hkv, first + P, T + P, value, V, BT, BV)
+            products = dot(gradient, values.T, None, PRECISION)
+            own = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
+            shift = tl.where((row + P == floor) | (W == 1), own, shift)
         tl.store(delta + rows, shift, mask=real)
 
 
@@ -118,6 +128,7 @@ class Prepared(NamedTuple):
 
 def prepare(
     q: Tensor,
+    v: Tensor,
     out: Tensor,
     do: Tensor,
     layout: Attention,
@@ -125,14 +136,13 @@ def prepare(
     memory: Recall | None,
     queries: Tensor,
 ) -> Prepared:
-    """One pass over q ``[B, H, T, K]``, ``out`` and ``do [B, H, T, V]``.
+    """One pass over q ``[B, H, T, K]``, ``out`` and ``do [B, H, T, V]``; v is ``[B, HKV, P + T, V]``.
 
     With ``rope`` it writes the rotated q to ``queries``.
     """
     batch, heads, tokens, key_width = q.shape
     recall = memory or NO_MEMORY
-    kv_heads = heads if recall.states is None else recall.states.shape[1]
-    value_width = out.shape[3]
+    kv_heads, slots, value_width = v.shape[1:]
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_backward_prepare_kernel", q.device, max(bk, bv), q.element_size())
     sizes = {**sizes, "BS": min(sizes["BS"], bv)}
@@ -144,11 +154,13 @@ def prepare(
         sums = delta.new_empty(batch, heads, tiles, 2)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     _infini_attention_backward_prepare_kernel[(batch * kv_heads * tiles,)](
-        q, out, do, queries, delta, pull, share, sums, cos, sin, recall.states, recall.norms, recall.gate,
+        q, v, out, do, queries, delta, pull, share, sums, cos, sin, recall.states, recall.norms, recall.gate,
         recall.scale, recall.bias, layout.position, layout.length,
-        q.stride()[:3], out.stride()[:3], do.stride()[:3], rope_strides,
-        kv_heads, heads // kv_heads, tokens, layout.segment, layout.segments(tokens), tiles, recall.eps,
-        K=key_width, V=value_width, BK=bk, BV=bv, SEGMENTED=layout.segmented, PRECISION=precision(q.dtype),
+        q.stride()[:3], v.stride()[:3], out.stride()[:3], do.stride()[:3], rope_strides,
+        kv_heads, heads // kv_heads, tokens, slots - tokens, layout.segment, layout.reach,
+        layout.segments(tokens), tiles, recall.eps,
+        K=key_width, V=value_width, BK=bk, BV=bv,
+        LOCAL=layout.window is None, SEGMENTED=layout.segmented, PRECISION=precision(q.dtype),
         **sizes,
     )  # fmt: skip
     answers, wholes = (None, None) if sums is None else sums.sum((0, 2)).unbind(1)

@@ -20,8 +20,11 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, cast, dot, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, memory_dtype, padded, precision
 from newllm.kernels.tiles import tiles_of
+
+# Of a memory's matrix in a step.
+TILE_BYTES = 32768
 
 
 @triton.jit
@@ -157,13 +160,14 @@ def query_gradients(
     (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     recall = memory or NO_MEMORY
+    columns = TILE_BYTES // (bk * memory_dtype(q.dtype).itemsize)
     _infini_attention_backward_queries_kernel[(batch * heads * tiles,)](
         q, rotated, keys, values, do, lse, ready.delta, ready.pull, ready.share, dq, dfeature,
         cos, sin, recall.states, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], rotated.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
         tiles, key_width**-0.5,
-        K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, 128),
+        K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, columns),
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
         PRECISION=precision(q.dtype),
         **sizes,

@@ -19,12 +19,14 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, cast, dot, features, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padded, precision
 from newllm.kernels.rotate import ROWS, Keys
 from newllm.kernels.tiles import tiles_of
 
 # Powers of two within this and its inverse, their sums and the values they weigh stay in float32's range.
 SAFE = tl.constexpr(90.0)
+# Of a memory's matrix in a step.
+TILE_BYTES = 65536
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def _add_recalled(
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + share A_mem`` of a query tile, in one or two parts of the features."""
+    """``acc + share A_mem`` of a query tile, in PARTS of the features."""
     a, o = 1.0, 0.0
     if scale is not None:
         a, o = tl.load(scale + hkv), tl.load(bias + hkv)
@@ -195,6 +197,7 @@ def attend(
     tiles = layout.query_tiles(tokens, sizes["BT"])
     (key_tiles, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
+    parts = max(-(-bk // 128), bk * bv * memory_dtype(q.dtype).itemsize // TILE_BYTES)
     recall = memory or NO_MEMORY
     _infini_attention_forward_kernel[(batch * heads * tiles,)](
         q, key_tiles, values, out, lse, keys.squares, cos, sin, recall.states, recall.norms, recall.gate,
@@ -202,7 +205,7 @@ def attend(
         q.stride()[:3], k.stride()[:3], v.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
         tiles, key_width**-0.5, recall.eps,
-        K=key_width, V=value_width, BK=bk, BV=bv, PARTS=1 if bk <= 128 else 2,
+        K=key_width, V=value_width, BK=bk, BV=bv, PARTS=parts,
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
         ROWS=ROWS, PRECISION=precision(q.dtype),
         **sizes,

@@ -42,17 +42,19 @@ def wide(x):
 
 @triton.jit
 def elements(part: tl.constexpr, parts: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """The elements of a row of D in one of the ``parts`` (1 or 2) of a tile BD wide; D stands for none.
+    """The elements of a row of D in one of the ``parts`` (1, 2, 4) of a tile BD wide; D stands for none.
 
     Each half of a row has half of the tile, so that rotation pairs a column with the one BD/2 further.
     """
     HALF: tl.constexpr = (D + 1) // 2
-    column = tl.arange(0, BD // parts)
+    WIDTH: tl.constexpr = BD // parts
+    column = tl.arange(0, WIDTH)
     if D == BD:
         # Plainly consecutive, which wide loads depend on.
-        element = column + part * HALF
-    elif parts == 2:
-        element = tl.where(column < HALF, column + part * HALF, D)
+        element = column + part * WIDTH
+    elif parts > 1:
+        column += part * WIDTH % (BD // 2)
+        element = tl.where(column < HALF, column + part * 2 // parts * HALF, D)
     else:
         right = column - BD // 2
         element = tl.where(right < 0, tl.where(column < HALF, column, D), right + HALF)

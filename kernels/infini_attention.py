@@ -116,7 +116,7 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     if x.beta is None:
-        ready = prepare(q, saved.out, do, layout, x.rope, None, dq)
+        ready = prepare(q, v, saved.out, do, layout, x.rope, None, dq)
         dk, dv = key_gradients(queries, keys, v, do, saved.lse, ready.delta, layout)
         rotated(dk, x.rope, dk, back=True)
         query_gradients(q, queries, keys, v, do, saved.lse, layout, x.rope, None, ready, dq)
@@ -124,7 +124,7 @@ def backward(
     scale, bias = learned(x.scale, x.bias)
     share = _share(x.beta, call.gate)
     recall = Recall(saved.before, saved.norms, share, scale, bias, call.eps)
-    ready = prepare(q, saved.out, do, layout, x.rope, recall, dq)
+    ready = prepare(q, v, saved.out, do, layout, x.rope, recall, dq)
     states, norms = recall_gradients(q, do, ready, layout, recall)
     # Weights that carry the window's share of the output; finite where it has none.
     local = (1 - share).clamp(min=torch.finfo(torch.float32).tiny)

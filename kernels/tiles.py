@@ -110,7 +110,7 @@ _ATTENTION: dict[str, ByDevice] = {
 _FOLD: ByDevice = {
     (9, 0): {
         (64, 2): _memory(64, 64, 4, 4),
-        (128, 2): _memory(32, 128, 4, 3),
+        (128, 2): _memory(32, 128, 4, 4),
         (256, 2): _memory(32, 64, 8, 3),
         (64, 4): _memory(32, 64, 4, 3),
         (128, 4): _memory(32, 64, 8, 2),
@@ -179,7 +179,7 @@ TILES: dict[str, ByDevice] = {
 
 # Elements of a program of the linear scan; tokens of a program that loads the matrices of a segment once;
 # programs that fill a device, for calls without segments, which are cut into as many parts as that takes.
-ELEMENTS, CHUNK, PROGRAMS = 512, 512, 256
+ELEMENTS, CHUNK, PROGRAMS = 512, 512, 128
 
 
 def tiles_of(kernel: str, device: torch.device, width: int, itemsize: int) -> Tiles:
