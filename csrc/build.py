@@ -169,7 +169,7 @@ def rules(sources: Path, target: Path, compiler: str, cuda: Cuda) -> str:
         for name, flags in variants.items():
             extra = f"-DNEWLLM_ISA={name} {flags}" if name else ""
             if source.stem == "bindings":
-                extra = " ".join([*includes, *words])
+                extra = " ".join(["-O1", *includes, *words])
             objects.append(f"{source.stem}{name and '.'}{name}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(source)}\n  flags = {extra}\n")
     if cuda.nvcc is not None:
