@@ -28,7 +28,7 @@ WARM_UP = 32
 # Passes that the block method tries by default.
 SWEEPS = 4
 # Power iteration: cycles of so many tokens, between which the difference is scaled back.
-CYCLES, CYCLE = 12, 4
+CYCLES, CYCLE = 3, 16
 
 # A difference of contexts to begin with, with some to spare, and more tokens than there ever are.
 LARGEST, NEVER = 16.0, 1 << 40
