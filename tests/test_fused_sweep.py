@@ -232,7 +232,7 @@ def test_a_certificate_that_is_not_reached_is_noticed(monkeypatch: pytest.Monkey
     assert info.method == "sequential" and info.sweeps == 4
     assert torch.equal(contexts, fused(**marginal(), method="sequential")[0])
     with pytest.raises(
-        RuntimeError, match=r"chunks of 66 tokens differ by .* after 3 sweeps, and tol is 1e-05"
+        RuntimeError, match=r"chunks of 100 tokens differ by .* after 3 sweeps, and tol is 1e-05"
     ):
         fused(**marginal(), method="block", fallback=False)
 
