@@ -103,7 +103,7 @@ void define_gated(py::module_& module) {
 std::map<std::string, std::string> build_info() {
     return {
         {"compiler", NEWLLM_COMPILER},
-        {"cpu", cpu_instructions()},
+        {"cpu", cpu_instructions().front()},
         {"cuda", NEWLLM_CUDA},
     };
 }
@@ -121,10 +121,11 @@ PYBIND11_MODULE(_C, module) {
              py::kw_only(), "batch"_a, "parts"_a, "tokens"_a, "batch_stride"_a, "part_stride"_a);
     define_context(module);
     define_gated(module);
-    module.def("context_forward_cpu", &context_forward_cpu, "sweep"_a, "threads"_a, unlocked);
-    module.def("context_adjoint_cpu", &context_adjoint_cpu, "sweep"_a, "threads"_a, unlocked);
-    module.def("gated_forward_cpu", &gated_forward_cpu, "sweep"_a, "threads"_a, unlocked);
-    module.def("gated_adjoint_cpu", &gated_adjoint_cpu, "sweep"_a, "threads"_a, unlocked);
+    module.def("cpu_instructions", &cpu_instructions, "Instruction sets that sweeps can be asked to use.");
+    module.def("context_forward_cpu", &context_forward_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
+    module.def("context_adjoint_cpu", &context_adjoint_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
+    module.def("gated_forward_cpu", &gated_forward_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
+    module.def("gated_adjoint_cpu", &gated_adjoint_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
 #ifdef NEWLLM_WITH_CUDA
     py::class_<CudaPlace>(module, "CudaPlace")
         .def(py::init([](int device, uintptr_t stream, bool bfloat16) {

@@ -1,8 +1,6 @@
 // The sweep of the context cell on a CPU, compiled once for each instruction set (see cpu_vector.h).
 //
 // Every member of the team owns a share of the columns, and its share of the weights stays in its own cache.
-#include "context_sweep_cpu.h"
-
 #include "cpu_norm.h"
 
 namespace newllm {

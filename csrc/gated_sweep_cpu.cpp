@@ -1,6 +1,4 @@
 // The sweep of the gated cell on a CPU, compiled once for each instruction set (see cpu_vector.h).
-#include "context_sweep_cpu.h"
-
 #include "cpu_norm.h"
 
 namespace newllm {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,6 +69,26 @@ def test_threads_keep_the_error_rule(cell: str, count: int, threads: Any) -> Non
             cell, torch.float32, batch=batch, tokens=5, input=8, width=330, hidden=270, layers=1
         )
         CASE.judge(inputs, torch.float32, function=fused)
+
+
+@cells
+@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_keeps_the_error_rule(
+    cell: str, instructions: str, monkeypatch: pytest.MonkeyPatch, threads: Any
+) -> None:
+    from newllm import _C
+
+    if instructions not in _C.cpu_instructions():
+        pytest.skip(f"this machine has no {instructions}")
+    threads(2)
+    for kind in ("forward", "adjoint"):
+        name = f"{cell}_{kind}_cpu"
+        monkeypatch.setattr(_C, name, partial(getattr(_C, name), instructions=instructions))
+    sizes = {"tokens": 4, "input": 8, "width": 150, "hidden": 70, "layers": 1}
+    for batch in (1, 9, 17):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = CASE.inputs(cell, dtype, batch=batch, **sizes)
+            CASE.judge(inputs, dtype, function=fused, gradients=dtype == torch.bfloat16)
 
 
 def native(cell: str, inputs: Inputs, drive: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
