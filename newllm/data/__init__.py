@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from newllm.data.corpora import get as get, list_corpora as list_corpora
     from newllm.data.documents import Documents as Documents
-    from newllm.data.packing import ordered_chunks as ordered_chunks, random_blocks as random_blocks
+    from newllm.data.packing import random_blocks as random_blocks
     from newllm.data.passkey import (
         PasskeyBatch as PasskeyBatch,
         PasskeyTask as PasskeyTask,
@@ -36,7 +36,6 @@ _PUBLIC = {
     "load_text": "text",
     "open_source": "sources",
     "open_tokenizer": "vocabularies",
-    "ordered_chunks": "packing",
     "random_blocks": "packing",
     "text_passkey": "passkey",
 }

@@ -27,11 +27,14 @@ class Kind(NamedTuple):
 
 
 def _bpe(size: int) -> tuple[Any, Any]:
-    """Byte-pair encoding over bytes: decoding gives the text back, whatever it holds."""
+    """Byte-pair encoding over bytes, digits apart: decoding gives the text back, whatever it holds."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Digits of their own, so that keys of digits can be hidden in the text.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size, min_frequency=2, special_tokens=list(_SPECIAL), show_progress=False,
