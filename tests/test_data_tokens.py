@@ -58,7 +58,7 @@ def test_cache_keeps_borders_and_ids(tmp_path: Path) -> None:
         assert tokens.document(place).tolist() == [*text.encode(), made.eos_token_id]
     bare = cached_tokens(TEXT, made, end_of_text=False, cache_dir=tmp_path)
     assert bare.ids.tolist() == [*"".join(TEXT.texts).encode()]
-    assert len(bare) == 3
+    assert bare.documents == 3
 
 
 def test_cache_is_made_once_per_text_and_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ token_cache.cached_tokens(TEXT, byte_tokenizer(), cache_dir={str(tmp_path)!r})
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"locked\n"
         process.send_signal(signal.SIGKILL)
-    assert len(cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)) == 3
+    assert cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path).documents == 3

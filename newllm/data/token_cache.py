@@ -33,8 +33,9 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     borders: np.ndarray
 
-    def __len__(self) -> int:
-        """Documents."""
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
         return len(self.borders) - 1
 
     def document(self, place: int) -> np.ndarray:
