@@ -120,7 +120,7 @@ def test_unknown_commands_name_the_nearest(capsys: Captured) -> None:
     assert message.startswith("'covert' is no command: it must be one of demo, train, ")
     assert message.endswith("; did you mean 'convert'?")
     assert failure(capsys, "data", "gt") == (
-        "'gt' is no command of 'newllm data': it must be one of list, get; did you mean 'get'?"
+        "'gt' is no command of 'newllm data': it must be one of list, get, sources; did you mean 'get'?"
     )
     assert failure(capsys, "doctor", "--verbos") == "--verbos is no option of 'newllm doctor'"
 
