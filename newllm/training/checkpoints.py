@@ -82,6 +82,11 @@ class Checkpoints:
         return None, complaints
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was made."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Give the folder ``new`` the name ``target``, whatever had it."""
     replaced = target.with_name(f".{target.name}-replaced")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from newllm.training.arguments import training_arguments
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.callbacks import Clipping, Interrupt, Progress, RunLog, Throughput
 from newllm.training.carry import CarriedStates
-from newllm.training.checkpoints import Checkpoints, replace_folder, told
+from newllm.training.checkpoints import Checkpoints, replace_folder, step_of, told
 from newllm.training.config import TrainConfig
 from newllm.training.groups import outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
@@ -116,10 +115,8 @@ class LanguageTrainer(Trainer):
             OSError: where a checkpoint cannot be written, with its path.
         """
         newest, complaints = self.checkpoints.newest() if resume else (None, [])
-        if newest is not None:
-            state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-            if self.args.should_save:
-                self.run.rewind(state["global_step"])
+        if resume and self.args.should_save:
+            self.run.rewind(0 if newest is None else step_of(newest))
         self._resumed = newest
         self.train(resume_from_checkpoint=None if newest is None else str(newest))
         if self.interrupted is not None:
