@@ -29,7 +29,7 @@ HELP = {
     "eval": "perplexity by position, recall of passkeys",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
-    "chat": "talk with a model whose state never grows",
+    "chat": "talk with a model",
     "data": "texts and models that can be fetched",
     "bench": "times of the operators beside what could be used instead",
     "doctor": "versions, devices, and which implementation each operator takes",
