@@ -113,10 +113,8 @@ class HistorySession:
     def _read(self, ids: list[int]) -> None:
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and len(self._ids) + len(ids) > most:
-            raise ValueError(
-                f"the conversation of {len(self._ids) + len(ids)} tokens is too long, the model reads {most}: "
-                "reset it"
-            )
+            total = len(self._ids) + len(ids)
+            raise ValueError(f"the conversation has {total} tokens, the model reads {most}: reset it")
         for part in torch.tensor([ids], device=self.model.device).split(_CHUNK, 1):
             out = self.model(input_ids=part, past_key_values=self._cache, use_cache=True)
             self._logits = out.logits[:, -1].float()
