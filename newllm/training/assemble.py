@@ -16,7 +16,7 @@ from newllm.models.convert import convert, load_base, load_base_tokenizer
 from newllm.models.files import load_model
 from newllm.training.batches import NeedleBatches
 from newllm.training.config import ConvertConfig, SourceConfig, StreamConfig, TaskConfig, TrainConfig
-from newllm.training.trainer import Batches
+from newllm.training.feed import Batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 
 from newllm.data.streams import Batch
@@ -20,16 +19,10 @@ from newllm.training.callbacks import Clipping, Interrupt, Progress, RunLog, Thr
 from newllm.training.carry import CarriedStates
 from newllm.training.checkpoints import Checkpoints, replace_folder, step_of, told
 from newllm.training.config import TrainConfig
+from newllm.training.feed import AtStart, Batches, Feed, Place
 from newllm.training.groups import outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.schedules import staged_factor
-
-
-class Batches(Protocol):
-    """Where batches come from: a function of their number."""
-
-    def batch(self, index: int) -> Batch:
-        """Batch ``index``."""
 
 
 class LanguageTrainer(Trainer):
@@ -66,7 +59,7 @@ class LanguageTrainer(Trainer):
         carry: bool = False,
         progress: bool = True,
     ) -> None:
-        self.config, self.run, self.batches, self.validation = config, run, dataset, validation
+        self.config, self.run, self.validation = config, run, validation
         self.checkpoints = Checkpoints(run.out / "checkpoints", config.keep)
         self._interrupt, self._throughput = Interrupt(), Throughput()
         self._carried = CarriedStates(model.config) if carry else None
@@ -76,11 +69,11 @@ class LanguageTrainer(Trainer):
         super().__init__(
             model,
             training_arguments(config, run, model, evaluates=validation is not None),
-            train_dataset=_Feed(self),
-            eval_dataset=None if validation is None else _Feed(self),
+            train_dataset=Feed(dataset, config.steps * config.accumulation, self._place),
+            eval_dataset=None if validation is None else Feed(*validation, self._place),
             processing_class=tokenizer,
             callbacks=[
-                _TakeUp(self),
+                AtStart(self._take_up),
                 RunLog(run, model, self._throughput),
                 self._interrupt,
                 Clipping(config),
@@ -94,6 +87,10 @@ class LanguageTrainer(Trainer):
         # A batch says itself what its tokens count.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
+
+    def _place(self) -> Place:
+        read = self.state.global_step * self.config.accumulation
+        return Place(read, self.args.process_index, self.args.world_size)
 
     @property
     def interrupted(self) -> int | None:
@@ -280,7 +277,7 @@ class LanguageTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
         }
 
-    def take_up(self) -> None:
+    def _take_up(self) -> None:
         """Begin the clock, and go on from the checkpoint's own state if the training resumes."""
         self._throughput.begin()
         self._micro = self.state.global_step * self.config.accumulation
@@ -306,30 +303,3 @@ class LanguageTrainer(Trainer):
             self._interrupt.asked = self._interrupt.asked or Interrupt.SIGNALS[0]
             self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-
-class _TakeUp(TrainerCallback):
-    """Lets the trainer go on from its own state once transformers has restored the rest."""
-
-    def __init__(self, trainer: LanguageTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.take_up()
-
-
-class _Feed(IterableDataset[Batch]):
-    """The batches of one process, from the step at which the training stands."""
-
-    def __init__(self, trainer: LanguageTrainer) -> None:
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        config = self.trainer.config
-        return config.steps * config.accumulation
-
-    def __iter__(self) -> Iterator[Batch]:
-        trainer = self.trainer
-        world, rank = trainer.args.world_size, trainer.args.process_index
-        for number in range(trainer.state.global_step * trainer.config.accumulation, len(self)):
-            yield trainer.batches.batch(number * world + rank)
