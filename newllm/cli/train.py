@@ -133,32 +133,30 @@ def _train(options: Any, words: list[str], make_parts: Any) -> int:
     rank, processes = process()
     if options.launch < 1:
         raise ValueError(f"launch must be at least 1, got {options.launch}")
+    out = Path(options.out)
+    if options.resume and (out / "last").is_dir():
+        print(f"the run in {out} is finished: its model is in {out / 'last'}")
+        return 0
+    if rank == 0:
+        _check_unfinished(out, options)
     if options.launch > 1 and processes == 1:
         by_place = {"base"} if words[1] == "hf" else set()
         handed = {key: value for key, value in asdict(options).items() if key not in by_place}
-        launch(words, {**handed, "launch": 1}, Path(options.out), options.launch)
+        launch(words, {**handed, "launch": 1}, out, options.launch)
     quiet()
-    if rank == 0 and _is_finished(options):
-        return 0
     return _fit(options, make_parts, rank, processes)
 
 
-def _is_finished(options: Any) -> bool:
-    """Whether a run to resume has nothing left to do; refuses to lose an unfinished one."""
+def _check_unfinished(out: Path, options: Any) -> None:
+    """Refuse to lose a run that was cut off."""
     from newllm.training.checkpoints import Checkpoints
 
-    out = Path(options.out)
-    checkpoints, last = Checkpoints(out / "checkpoints"), out / "last"
-    if options.resume:
-        if last.is_dir():
-            print(f"the run in {out} is finished: its model is in {last}")
-        return last.is_dir()
-    if checkpoints.steps() and not last.is_dir() and not options.overwrite:
+    steps = Checkpoints(out / "checkpoints").steps()
+    if steps and not (out / "last").is_dir() and not (options.resume or options.overwrite):
         raise FileExistsError(
-            f"out {out} holds an unfinished run at step {checkpoints.steps()[-1]}: --resume goes on from it, "
+            f"out {out} holds an unfinished run at step {steps[-1]}: --resume goes on from it, "
             "--overwrite begins anew"
         )
-    return False
 
 
 def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
