@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Run:
         """Append one line to ``metrics.jsonl``."""
         if not self.writes:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with _told(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -75,11 +76,21 @@ class Run:
             return path
         temporary = path.with_name(f".{name}.{os.getpid()}")
         try:
-            write(temporary)
-            os.replace(temporary, path)
+            with _told(path):
+                write(temporary)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Let a failure to write name ``path``; a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def test_stand_in_is_named_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_pat
     record = corpus.record()
     assert (record["asked"], record["read"], record["stand_in"]) == ("pg19", "embedded", said)
     assert json.dumps(record)
-    with pytest.raises(ConnectionError, match=r"pg19 is out of reach .emozilla/pg19: "):
+    with pytest.raises(
+        ConnectionError, match=r"pg19 is out of reach .emozilla/pg19: the hub does not answer, and no copy"
+    ):
         open_source("pg19", offline="error", cache_dir=tmp_path)
 
 

@@ -84,6 +84,7 @@ class Failing:
     def __init__(self) -> None:
         self.inner = byte_tokenizer()
         self.backend_tokenizer, self.eos_token_id = self.inner.backend_tokenizer, 258
+        self.vocab_size = 264
 
     def __len__(self) -> int:
         return 264

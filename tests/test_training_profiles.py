@@ -141,7 +141,7 @@ def test_hf_models_are_trained_as_they_are(folder: Path, capsys: Captured) -> No
         "best", "last", "checkpoints", "config.yaml", "metrics.jsonl", "training_curves.png", "summary.md",
     }  # fmt: skip
     assert main(["train", "hf", base, "--stream.kind", "ordered", "--out", str(folder / "o")]) == 2
-    assert "needs a model whose state can be carried" in capsys.readouterr().err
+    assert "stream.kind 'ordered' needs a model with a state of its own" in capsys.readouterr().err
 
 
 def test_new_models_take_any_tokenizer_and_kind(folder: Path, capsys: Captured) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from newllm.data.streams import IGNORED
+from newllm.runs import Run
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.carry import CarriedStates
 from newllm.training.checkpoints import Checkpoints
@@ -370,6 +371,15 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(monkeypatch: pytest.MonkeyP
     whole = trainer(tmp_path / "whole", CONFIG)
     whole.fit()
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    made = Run(tmp_path, {}, seed=0)
+    made.metrics = Path("/dev/full")
+    if not made.metrics.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="/dev/full could not be written: No space left on device"):
+        made.log(step=1)
 
 
 def test_a_damaged_checkpoint_is_passed_over_in_training(tmp_path: Path) -> None:

@@ -147,8 +147,13 @@ def hub_texts(
     if copy.is_file():
         return [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
     reached = _hub_answers(chosen.repo)
-    with _offline(not reached):
-        texts = _documents(source, chosen, _rows(chosen.repo, chosen, split, subset, reached), limit)
+    try:
+        with _offline(not reached):
+            texts = _documents(source, chosen, _rows(chosen.repo, chosen, split, subset, reached), limit)
+    except ConnectionError as error:
+        if reached:
+            raise
+        raise ConnectionError("the hub does not answer, and no copy lies on this machine") from error
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
     temporary.write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,8 @@ def _make(
         borders = [0]
         with (scratch / "ids").open("wb") as file:
             for ids in _encoded(text, tokenizer, progress):
-                row = np.asarray(ids if end is None else [*ids, end], dtype=kind)
+                row = np.asarray(ids, dtype=kind)
+                row = row if end is None else np.append(row, kind(end))
                 row.tofile(file)
                 borders.append(borders[-1] + len(row))
         if borders[-1] == 0:
@@ -105,8 +106,13 @@ def _make(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _encoded(text: Documents, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Iterator[list[int]]:
+def _encoded(text: Documents, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Iterator[Any]:
+    """The ids of each document; bytes take the short way."""
     from tqdm import tqdm
+
+    from newllm.data.tokenizer import encode, is_byte_tokenizer
+
+    short = is_byte_tokenizer(tokenizer)
 
     with tqdm(
         total=text.characters, desc=f"tokens of {text.name}", unit="char", unit_scale=True,
@@ -114,8 +120,11 @@ def _encoded(text: Documents, tokenizer: PreTrainedTokenizerBase, progress: bool
     ) as bar:  # fmt: skip
         for start in range(0, len(text.texts), _AT_ONCE):
             part = list(text.texts[start : start + _AT_ONCE])
-            found = tokenizer(part, add_special_tokens=False, verbose=False, return_attention_mask=False)
-            yield from found["input_ids"]
+            if short:
+                yield from (encode(tokenizer, document).numpy() for document in part)
+            else:
+                found = tokenizer(part, add_special_tokens=False, verbose=False, return_attention_mask=False)
+                yield from found["input_ids"]
             bar.update(sum(map(len, part)))
 
 

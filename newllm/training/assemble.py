@@ -90,12 +90,12 @@ def make_streams(
 ) -> Streams:
     """The batches that ``stream`` asks for, of ``rows`` rows, and those of the validation documents.
 
-    ``segment`` is the model's, None where it has none. Raises ``ValueError`` for ordered streams without a
-    state to carry, and as the streams do.
+    ``segment`` is the model's, None where it has none. Raises ``ValueError`` for other streams than packed
+    ones without it, and as the streams do.
     """
     sets = train.accumulation * processes
-    if stream.kind == "ordered" and segment is None:
-        raise ValueError("stream.kind 'ordered' needs a model whose state can be carried, such as Senri")
+    if stream.kind != "packed" and segment is None:
+        raise ValueError(f"stream.kind {stream.kind!r} needs a model with a state of its own, such as Senri")
     tokens, held = (
         cached_tokens(part, tokenizer, progress=progress) for part in (corpus.train, corpus.validation)
     )
@@ -104,7 +104,7 @@ def make_streams(
     if stream.kind == "needles":
         filler = passkey_task(tokenizer, corpus.train.joined(), task.key_length)
         batches: Batches = NeedleBatches(
-            filler, task, segment=segment or max(task.lengths), steps=train.steps * sets, seed=train.seed
+            filler, task, segment=segment or 1, steps=train.steps * sets, seed=train.seed
         )
     else:
         batches = _stream(
