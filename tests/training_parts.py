@@ -73,6 +73,11 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
 
 
+def names(folder: Path) -> set[str]:
+    """What lies in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` without what depends on the clock."""
     lines = (out / "metrics.jsonl").read_text().splitlines()

@@ -161,6 +161,7 @@ def _check_unfinished(out: Path, options: Any) -> None:
 
 def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     from newllm.backend import accelerator_memory, training_device
+    from newllm.runs import provenance
     from newllm.training.assemble import make_streams, read_corpus
     from newllm.training.profiles import find_profile, rate_for_size, rows_for_length
     from newllm.training.trainer import LanguageTrainer
@@ -188,6 +189,8 @@ def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     say(f"model: {shape['type']}, {parameters:,} parameters")
     say(f"profile {profile_name}: {rows} rows of {options.stream.length} tokens, lr {config.lr:g}")
     record = _record(options, {"data_read": data, "model_made": shape, "profile_used": profile_name}, rank)
+    made = provenance(config.seed)
+    say(f"commit {made['commit']}, torch {made['torch']}, {made['devices']}; the run is in {record.out}")
     trainer = LanguageTrainer(
         model, streams.train, config, record, validation=streams.validation, tokenizer=tokenizer,
         carry=streams.carry,
