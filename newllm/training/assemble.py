@@ -112,7 +112,10 @@ def make_streams(
         )
     validation = None
     if train.eval_steps:
-        judged = _stream(held, stream, rows, sets, 0, None, shuffle=False)
+        try:
+            judged = _stream(held, stream, rows, sets, 0, None, shuffle=False)
+        except ValueError as error:
+            raise ValueError(f"the validation text is too short: {error}") from error
         validation = judged, min(train.eval_batches, len(judged))
     return Streams(batches, validation, stream.kind == "ordered", facts)
 
