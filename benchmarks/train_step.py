@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from newllm import ops
 from newllm.backend import training_device
@@ -38,6 +38,22 @@ TINY = {**SMOLLM2, "vocab_size": 256, "hidden_size": 48, "intermediate_size": 64
 SENRI, FULL, WINDOW = "newllm", "full attention, SDPA", "window alone"
 
 
+# Under torch.compile, transformers makes a mask for its "sdpa", which keeps it from FlashAttention's kernels.
+_PLAIN_SDPA = "plain_causal_sdpa"
+
+
+def _causal_sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_PLAIN_SDPA, _causal_sdpa)
+
+
 def models(sizes: dict[str, Any], window: int, segment: int) -> dict[str, Any]:
     """The three models by name."""
     layers = sizes["num_hidden_layers"]
@@ -46,7 +62,7 @@ def models(sizes: dict[str, Any], window: int, segment: int) -> dict[str, Any]:
     return {
         SENRI: SenriForCausalLM(SenriConfig(**sizes, **options, memory_layers=memory)),
         WINDOW: SenriForCausalLM(SenriConfig(**sizes, **options, memory_layers=[])),
-        FULL: LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")),
+        FULL: LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation=_PLAIN_SDPA)),
     }
 
 

@@ -73,6 +73,7 @@ def test_row_81_packed_needles_lie_whole_inside_the_length() -> None:
     marked = (rows == QUESTION_TOKEN).sum(1) * (rows == KEY_TOKEN).sum(1) == 1
     # 800 rows with probability a quarter: five standard deviations.
     assert abs(int(marked.sum()) - 200) < 62
+    assert len(marked.view(100, 8).unique(dim=0)) > 20 and len(targets[marked][:, -3:].unique(dim=0)) > 100
     for ids, wanted in zip(rows[marked], targets[marked], strict=True):
         key = int((ids == KEY_TOKEN).nonzero()[0, 0])
         assert torch.equal(wanted[-3:], ids[key + 1 : key + 4])
