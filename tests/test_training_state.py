@@ -66,6 +66,17 @@ def test_gradients_end_at_the_batch() -> None:
     assert carried.enter(1, no) is not cache
 
 
+def test_checkpointing_keeps_carried_states(tmp_path: Path) -> None:
+    """transformers drops caches from layers that it checkpoints; a Senri's state is no cache to them."""
+    short = replace(CONFIG, steps=6, save_steps=0)
+    plain = trainer(tmp_path / "plain", short, kind="ordered")
+    saving = trainer(tmp_path / "saving", replace(short, checkpointing=True), kind="ordered")
+    for made in (plain, saving):
+        made.fit()
+    assert saving.model.is_gradient_checkpointing
+    assert_same_weights(weights(plain), weights(saving))
+
+
 def test_bptt_segments_limit_the_gradient_within_a_batch() -> None:
     found = []
     for reach in (None, 0):
