@@ -187,7 +187,9 @@ def test_training_refuses_in_one_sentence(folder: Path, capsys: Captured) -> Non
     short = ["--data", str(folder / "short.txt"), "--stream.length", "40", "--train.eval-steps", "1"]
     assert "the validation text is too short: length 40 needs 41" in refused(capsys, "senri", *short, *out)
     assert refused(capsys, "senri", "--launch", "0", *out).endswith("launch must be at least 1, got 0")
-    assert "train.patience needs train.eval_steps" in refused(capsys, "senri", "--train.patience", "3", *out)
+    assert "train.patience must be at least 1 and needs train.eval_steps" in refused(
+        capsys, "senri", "--train.patience", "3", *out
+    )
     assert refused(capsys, "senri", "--tokenizer", "words:40", "--data", "sentences", *out).endswith(
         "--stream.needles 0 trains without needles"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,25 @@ def test_row_64_early_stopping_gives_the_best_weights_back(tmp_path: Path) -> No
         tmp_path / "again", config, judged=True, model=type(made.model).from_pretrained(tmp_path / "last")
     )
     assert last.judge()["loss"] == looks[-1][1] > best
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.3, "patience": 2}, {"steps": 6}], ids=["early", "last step"])
+def test_row_64_a_run_cut_off_after_its_last_step_is_not_trained_on(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Killed between its last checkpoint and its last words."""
+    config = replace(
+        CONFIG, **{"steps": 60, "eval_steps": 2, "save_steps": 2, "schedule": "constant", **change}
+    )
+    whole = trainer(tmp_path, config, judged=True)
+    whole.fit()
+    last = (tmp_path / "last" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "last")
+    resumed = trainer(tmp_path, config, judged=True, resume=True)
+    assert resumed.fit(resume=True) == []
+    assert resumed.state.global_step == whole.state.global_step < 60
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == last
+    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_row_64_half_precision(tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ class TrainConfig:
             )
         if self.bf16 and self.fp16:
             raise ValueError("train.bf16 and train.fp16 must not both be set")
-        if self.patience is not None and not self.eval_steps:
-            raise ValueError("train.patience needs train.eval_steps above 0")
+        if self.patience is not None and (not self.eval_steps or self.patience < 1):
+            raise ValueError("train.patience must be at least 1 and needs train.eval_steps above 0")
         if any(len(pair) != 2 for pair in self.clip_schedule):
             raise ValueError(f"train.clip_schedule must hold pairs [share, norm], got {self.clip_schedule}")
 

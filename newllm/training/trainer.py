@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from newllm.data.streams import Batch
 from newllm.runs import Run
@@ -115,7 +115,10 @@ class LanguageTrainer(Trainer):
         if resume and self.args.should_save:
             self.run.rewind(0 if newest is None else step_of(newest))
         self._resumed = newest
-        self.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if newest is not None and self._was_done(newest):
+            self._load_from_checkpoint(str(newest))
+        else:
+            self.train(resume_from_checkpoint=None if newest is None else str(newest))
         if self.interrupted is not None:
             return complaints
         self.save_whole("last")
@@ -123,6 +126,20 @@ class LanguageTrainer(Trainer):
         if best_evaluation(self.state.log_history) and best.is_dir():
             self._load_from_checkpoint(str(best))
         return complaints
+
+    def _was_done(self, checkpoint: Path) -> bool:
+        """Whether nothing was left to do at ``checkpoint``, whose state is then taken up."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.config.steps and not self._is_stale(state):
+            return False
+        self.state = state
+        return True
+
+    def _is_stale(self, state: TrainerState) -> bool:
+        patience = self.config.patience
+        return (
+            patience is not None and stale_evaluations(state.log_history, self.config.min_delta) >= patience
+        )
 
     # What is read
 
@@ -211,8 +228,7 @@ class LanguageTrainer(Trainer):
             return found
         if before is None or found["eval_loss"] < before[1]:
             self.save_whole("best")
-        patience = self.config.patience
-        if patience and stale_evaluations(self.state.log_history, self.config.min_delta) >= patience:
+        if self._is_stale(self.state):
             self.control.should_training_stop = True
         return found
 
