@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from newllm.cli import main
 from newllm.data import hub, sources
 from newllm.data.documents import documents, numbered, split, without
 from newllm.data.hub import HUB
@@ -224,3 +225,11 @@ def test_hash_of_documents_covers_their_borders() -> None:
 def test_sources_refuse(words: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         open_source(**words, cache_dir=tmp_path)
+
+
+def test_sources_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["data", "sources"]) == 0
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert {*sources.SOURCES} <= lines.keys()
+    assert "emozilla/pg19" in lines["pg19"] and "austen" in lines["pg19"]

@@ -51,14 +51,16 @@ def run_sources(options: SourcesOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from newllm.data.corpora import CORPORA
     from newllm.data.hub import HUB
     from newllm.data.text import LOCAL
 
     table = Table("name", "what", "from", "stand-in")
     for name, source in HUB.items():
         table.add_row(name, source.what, ", ".join(s.repo for s in source.sets), source.stand_ins[0])
+    own = {"embedded": "the Python language reference", "sentences": "500 generated sentences"}
     for name in LOCAL:
-        table.add_row(name, "a text of this machine", "", "")
+        table.add_row(name, own.get(name) or CORPORA[name].what, "this machine", "")
     Console().print(table)
 
 
