@@ -71,9 +71,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def trained(folder: Path, *words: str, family: str = "senri") -> int:
     short = ["--train.steps", "3", "--stream.length", "32", "--train.log-steps", "1"]
-    return main(
-        ["train", family, "--data", str(folder / "text.txt"), "--out", str(folder / "out"), *short, *words]
-    )
+    # Last, so that no configuration file among the words takes their place.
+    place = ["--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    return main(["train", family, *short, *words, *place])
 
 
 def written(folder: Path) -> Any:
