@@ -115,7 +115,7 @@ def key_gradients(
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_backward_keys_kernel", q.device, max(bk, bv), q.element_size())
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    tiles = triton.cdiv(slots, sizes["BS"])
+    tiles = -(-slots // sizes["BS"])
     (queries, q_tma), (gradient, do_tma) = tiled(q, sizes["BT"], bk), tiled(do, sizes["BT"], bv)
     _infini_attention_backward_keys_kernel[(batch * kv_heads * tiles,)](
         queries, k, v, gradient, lse, delta, dk, dv, layout.position, layout.length,

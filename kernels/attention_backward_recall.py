@@ -75,7 +75,7 @@ def recall_gradients(
         q, do, prepared.pull, prepared.share, memory.scale, memory.bias, dstates, dnorms,
         layout.position, layout.length, q.stride()[:3], do.stride()[:3],
         heads, kv_heads, tokens, layout.segment, segments,
-        triton.cdiv(min(layout.segment, tokens), sizes["BT"]),
+        -(-min(layout.segment, tokens) // sizes["BT"]),
         K=key_width, V=value_width, BK=bk, BV=bv, **product_types(q.dtype), **sizes,
     )  # fmt: skip
     return dstates, dnorms

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from newllm.kernels.common import INTERPRETED, dot
+from newllm.kernels.common import INTERPRETED, dot, padded
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def two_halves(width: int) -> int:
     """Columns of a tile for rows of ``width`` elements, each half of which has a power of two for itself."""
-    return max(32, triton.next_power_of_2(width))
+    return max(32, padded(width))
 
 
 def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, bool]:

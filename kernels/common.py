@@ -97,4 +97,5 @@ def product_types(dtype: torch.dtype) -> dict[str, Any]:
 
 def padded(width: int) -> int:
     """The tile width that holds ``width`` elements."""
-    return max(16, triton.next_power_of_2(width))
+    # Plain integers: Triton's own helpers take microseconds a call.
+    return max(16, 1 << (width - 1).bit_length())

@@ -325,8 +325,8 @@ def infini_decode(
     tiles = dict(tiles_of("_infini_decode_split_kernel", q.device, width, q.element_size()))
     tiles["BT"] = min(tiles["BT"], padded(ring), max(16, TILE_BYTES // (width * q.element_size())))
     tiles["BM"] = min(tiles["BM"], padded(value))
-    splits = triton.cdiv(ring, tiles["BT"])
-    columns = 0 if matrix is None else triton.cdiv(value, tiles["BM"])
+    splits = -(-ring // tiles["BT"])
+    columns = 0 if matrix is None else -(-value // tiles["BM"])
     out = q.new_empty(batch, heads, 1, value)
     partial, lse = (q.new_empty(batch, heads, splits, n, dtype=dtype) for n in (value, 1))
     recalled, after = None, None

@@ -81,7 +81,7 @@ def measured_keys(k: Tensor, rope: Rope | None) -> Keys:
     """Keys ``k [B, HKV, T, K]`` rotated by the tables' last T rows, with their lengths."""
     k = rows_contiguous(k)
     out = k if rope is None else k.new_empty(k.shape)
-    squares = k.new_empty(*k.shape[:2], triton.cdiv(k.shape[2], ROWS), dtype=torch.float32)
+    squares = k.new_empty(*k.shape[:2], -(-k.shape[2] // ROWS), dtype=torch.float32)
     _rotate(k, rope, out, squares)
     return Keys(out, squares)
 
@@ -89,8 +89,8 @@ def measured_keys(k: Tensor, rope: Rope | None) -> Keys:
 def _rotate(x: Tensor, rope: Rope | None, out: Tensor, squares: Tensor | None, *, back: bool = False) -> None:
     batch, heads, tokens, width = x.shape
     cos, sin, strides = rope_arguments(rope, tokens)
-    tiles = triton.cdiv(tokens, ROWS)
-    _rotate_kernel[(batch * triton.cdiv(heads, HEADS) * tiles,)](
+    tiles = -(-tokens // ROWS)
+    _rotate_kernel[(batch * -(-heads // HEADS) * tiles,)](
         x, out, squares, cos, sin, x.stride()[:3], strides, heads, tokens, tiles,
         D=width, BD=two_halves(width), BT=ROWS, HEADS=HEADS, BACK=back,
     )  # fmt: skip
