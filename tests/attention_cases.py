@@ -88,6 +88,13 @@ def _by_row(draw: Draw, inputs: Inputs) -> Inputs:
     return {"rope": tuple(found)}
 
 
+def _long(draw: Draw, inputs: Inputs) -> Inputs:
+    """Later queries so long that their exponents may leave float32's range."""
+    q = inputs["q"].clone()
+    q[:, :, q.shape[2] // 2 :] *= 32
+    return {"q": q}
+
+
 # Applied from left to right: "stream" follows what the memory depends on, "weights" and "by-row" follow it.
 CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
     "learned": _learned,
@@ -105,6 +112,7 @@ CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
     "apart": _apart,
     "stream": _stream,
     "by-row": _by_row,
+    "long": _long,
 }
 
 

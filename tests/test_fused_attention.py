@@ -53,6 +53,9 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("", BF16, {"heads": 3, "tokens": 12, "segment": 9, "seed": 2}),
     ("learned tanh padded apart stream by-row", BF16, {**BATCH, "tokens": 20}),
     ("stream", F16, {"tokens": 20}),
+    # Exponents with and without a bound.
+    ("long", F32, {"tokens": 70}),
+    ("long stream", BF16, {"tokens": 40}),
     ("local stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("no-memory padded stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("weights cut", F32, {**SHORT, "seed": 1}),
