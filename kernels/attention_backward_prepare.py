@@ -89,9 +89,8 @@ def _infini_attention_backward_prepare_kernel(
             g = tl.load(gate + h)
             tl.store(pulls + rows, tl.where(weight > eps, answer, 0.0), mask=row < end)
             tl.store(shares + rows, tl.where(real, g / weight, 0.0), mask=row < end)
-            place = sums + ((b * HKV * GROUP + h) * tiles + program % tiles) * 2
-            tl.store(place, tl.sum(answer))
-            tl.store(place + 1, tl.sum(tl.where(real, shift, 0.0)))
+            place = sums + (b * HKV * GROUP + h) * tiles + program % tiles
+            tl.store(place, tl.sum(tl.where(real, answer - shift, 0.0)))
             # A weight of zero meets it where g is one.
             shift = tl.where(g == 1, 0.0, (shift - g * answer) / (1 - g))
         if (W == 1) | (first + P <= floor):
@@ -115,15 +114,14 @@ class Prepared(NamedTuple):
     """What is known of each query, ``[B, H, T]`` in float32.
 
     ``delta`` = sum(do * A_dot), ``pull`` = sum(do * A_mem) where the denominator is not clamped, and
-    ``share`` = g over the denominator; ``answers [H]`` and ``wholes [H]`` are the sums of do * A_mem and of
-    do * out. Without a memory there is only ``delta``.
+    ``share`` = g over the denominator; ``gates [H]`` are the sums of do * (A_mem - out). Without a memory
+    there is only ``delta``.
     """
 
     delta: Tensor
     pull: Tensor | None
     share: Tensor | None
-    answers: Tensor | None
-    wholes: Tensor | None
+    gates: Tensor | None
 
 
 def prepare(
@@ -151,7 +149,7 @@ def prepare(
     pull = share = sums = None
     if recall.states is not None:
         pull, share = torch.empty_like(delta), torch.empty_like(delta)
-        sums = delta.new_empty(batch, heads, tiles, 2)
+        sums = delta.new_empty(batch, heads, tiles)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     _infini_attention_backward_prepare_kernel[(batch * kv_heads * tiles,)](
         q, v, out, do, queries, delta, pull, share, sums, cos, sin, recall.states, recall.norms, recall.gate,
@@ -163,5 +161,4 @@ def prepare(
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, PRECISION=precision(q.dtype),
         **sizes,
     )  # fmt: skip
-    answers, wholes = (None, None) if sums is None else sums.sum((0, 2)).unbind(1)
-    return Prepared(delta, pull, share, answers, wholes)
+    return Prepared(delta, pull, share, None if sums is None else sums.sum((0, 2)))

@@ -184,6 +184,5 @@ def _share(beta: Tensor, gate: str) -> Tensor:
 
 def _gate_slope(share: Tensor, gate: str, ready: Prepared) -> Tensor:
     """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g."""
-    assert ready.answers is not None and ready.wholes is not None
-    slope = share if gate == "sigmoid" else 1 + share
-    return slope * (ready.answers - ready.wholes)
+    assert ready.gates is not None
+    return (share if gate == "sigmoid" else 1 + share) * ready.gates
