@@ -56,6 +56,7 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     # Exponents with and without a bound.
     ("long", F32, {"tokens": 70}),
     ("long stream", BF16, {"tokens": 40}),
+    ("clamped stream", F32, {"tokens": 40}),
     ("local stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("no-memory padded stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("weights cut", F32, {**SHORT, "seed": 1}),

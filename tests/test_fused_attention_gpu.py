@@ -62,7 +62,7 @@ def test_every_width(
 OPTIONS = [
     "", "no-rope", "tanh", "learned open", "delta", "local", "no-memory", "weights", "cut", "full", "two",
     "delta cut", "delta full", "delta two", "padded", "apart", "stream", "delta stream", "local stream",
-    "two stream weights", "long", "long padded stream", "no-memory padded stream",
+    "two stream weights", "long", "long padded stream", "clamped stream", "no-memory padded stream",
     "learned tanh apart padded stream by-row",
 ]  # fmt: skip
 SHAPES = [(67, 64, 64), (2048, 256, 128), (1031, 300, 250)]
