@@ -22,7 +22,7 @@ from newllm.kernels.tiles import tiles_of
 def _infini_attention_backward_keys_kernel(
     q, k, v, do, lse, delta, dk, dv, position, length,
     q_strides, k_strides, v_strides, do_strides,
-    H, HKV, T, P, S, W, tiles, softmax_scale,
+    H, HKV, T, P, S, W, tiles,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     LOCAL: tl.constexpr,
     Q_TMA: tl.constexpr, DO_TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,7 +53,8 @@ def _infini_attention_backward_keys_kernel(
         end = _segment_end(first + BS - 1, P, S, before)
     low = tl.maximum(first - P, 0) // BT * BT
     steps = tl.cdiv(tl.maximum(tl.minimum(end, count) - low, 0), BT)
-    factor = softmax_scale * LOG2E
+    FACTOR: tl.constexpr = K**-0.5 * LOG2E
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     acc_k = tl.zeros((BS, BK), tl.float32)
     acc_v = tl.zeros((BS, BV), tl.float32)
     for step in tl.range(0, steps * group):
@@ -69,7 +70,7 @@ def _infini_attention_backward_keys_kernel(
         level = tl.load(lse + rows, mask=row < count, other=1e30)
         shift = tl.load(delta + rows, mask=row < count, other=0.0)
         scores = dot(keys, queries.T, None, PRECISION)
-        weights = softmax_weights(scores, factor, level[None, :])
+        weights = softmax_weights(scores, FACTOR, level[None, :], PRECISE)
         if (start + P < first + BS - 1) | (start + BT + P - first > W):
             distance = ((row + P)[None, :] - slot[:, None]).to(tl.uint32, bitcast=True)
             weights = tl.where(distance < W, weights, 0.0)
@@ -85,7 +86,7 @@ def _infini_attention_backward_keys_kernel(
     tl.store(
         dv + at_v, tl.where(held, acc_v, 0.0).to(dv.dtype.element_ty), mask=stored & (value < V)[None, :]
     )
-    acc_k = tl.where(held, acc_k * softmax_scale, 0.0)
+    acc_k = tl.where(held, acc_k * K**-0.5, 0.0)
     tl.store(dk + at_k, cast(acc_k, dk.dtype.element_ty), mask=stored & (element < K)[None, :])
 
 
@@ -120,7 +121,7 @@ def key_gradients(
     _infini_attention_backward_keys_kernel[(batch * kv_heads * tiles,)](
         queries, k, v, gradient, lse, delta, dk, dv, layout.position, layout.length,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3],
-        heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, tiles, key_width**-0.5,
+        heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, tiles,
         K=key_width, V=value_width, BK=bk, BV=bv,
         LOCAL=layout.window is None, Q_TMA=q_tma, DO_TMA=do_tma, PRECISION=precision(q.dtype),
         **sizes,

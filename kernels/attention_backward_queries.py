@@ -32,7 +32,7 @@ def _infini_attention_backward_queries_kernel(
     q, rotated, k, v, do, lse, delta, pulls, shares, dq, dfeature,
     cos, sin, states, norms, scale, bias, position, length,
     q_strides, rotated_strides, k_strides, v_strides, do_strides, rope_strides,
-    H, HKV, T, P, S, W, N, tiles, softmax_scale,
+    H, HKV, T, P, S, W, N, tiles,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     BC: tl.constexpr, LOCAL: tl.constexpr, SEGMENTED: tl.constexpr,
     K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,14 +68,15 @@ def _infini_attention_backward_queries_kernel(
     stop = tl.where(first < last, last + P, 0)
     low = tl.maximum(floor, first + P - W + 1)
     full = tl.maximum(floor, first + BT + P - W)
-    factor = softmax_scale * LOG2E
+    FACTOR: tl.constexpr = K**-0.5 * LOG2E
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     for start in tl.range(low // BS * BS, stop, BS):
         # [BS, BK]
         keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
         # [BS, BV]
         values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
         scores = dot(queries, keys.T, None, PRECISION)
-        weights = softmax_weights(scores, factor, level[:, None])
+        weights = softmax_weights(scores, FACTOR, level[:, None], PRECISE)
         if (start < full) | (start + BS > first + P + 1):
             weights = hide(weights, row + P, start + tl.arange(0, BS), floor, W, 0.0)
         slopes = dot(gradient, values.T, None, PRECISION)
@@ -83,7 +84,7 @@ def _infini_attention_backward_queries_kernel(
         acc = dot(cast(slopes, keys.dtype), keys, acc, PRECISION)
 
     tl.debug_barrier()
-    left, right = (acc * softmax_scale).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
+    left, right = (acc * K**-0.5).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
     if cos is not None:
         left, right = rotate_back(left, right, cos, sin, rope_strides, b, first, T, K, BT, BK)
     for part in tl.static_range(0, 2):
@@ -166,7 +167,7 @@ def query_gradients(
         cos, sin, recall.states, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], rotated.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
-        tiles, key_width**-0.5,
+        tiles,
         K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, columns),
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
         PRECISION=precision(q.dtype),

@@ -16,6 +16,7 @@ from newllm.kernels.attention_tiles import (
     query_tile,
     row_facts,
     rows_contiguous,
+    softmax_weights,
     tiled,
     two_halves,
 )
@@ -33,7 +34,7 @@ TILE_BYTES = 65536
 def _infini_attention_forward_kernel(
     q, keys, v, out, lse, squares, cos, sin, states, norms, gate, scale, bias, position, length,
     q_strides, k_strides, v_strides, rope_strides,
-    H, HKV, T, P, S, W, N, tiles, softmax_scale, eps,
+    H, HKV, T, P, S, W, N, tiles, eps,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PARTS: tl.constexpr, LOCAL: tl.constexpr, SEGMENTED: tl.constexpr,
     K_TMA: tl.constexpr, V_TMA: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,18 +61,18 @@ def _infini_attention_forward_kernel(
     stop = tl.where(first < last, last + P, 0)
     low = tl.maximum(floor, first + P - W + 1)
     full = tl.maximum(floor, first + BT + P - W)
-    factor = softmax_scale * LOG2E
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     longest = _longest_key(squares + (b * HKV + hkv) * tl.cdiv(T + P, ROWS), low, stop, ROWS)
     own = queries.to(tl.float32)
-    if tl.max(tl.sum(own * own, 1)) * longest * factor * factor < SAFE * SAFE:
+    if tl.max(tl.sum(own * own, 1)) * longest * LOG2E * LOG2E < SAFE * SAFE * K:
         highest, total, acc = _attend_window(
-            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor,
-            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, True, PRECISION,
+            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor,
+            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, True, PRECISE, PRECISION,
         )  # fmt: skip
     else:
         highest, total, acc = _attend_window(
-            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor,
-            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, False, PRECISION,
+            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor,
+            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, False, PRECISE, PRECISION,
         )  # fmt: skip
     real = row < tl.minimum(end, count)
     base = head * T + first
@@ -105,14 +106,16 @@ def _longest_key(squares, low, stop, ROWS: tl.constexpr):
 
 @triton.jit
 def _attend_window(
-    queries, k, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor, T, P, W,
+    queries, k, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, T, P, W,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
-    K_TMA: tl.constexpr, V_TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The softmax's largest exponent, the sum of its weights and the values they weigh, for a query tile.
 
     ``BOUNDED`` exponents need no largest one taken off; then nothing waits for it, nor for the sums.
     """
+    FACTOR: tl.constexpr = K**-0.5 * LOG2E
     key_element, value_element = elements(0, 1, K, BK), tl.arange(0, BV)
     highest = tl.full((BT,), 0.0 if BOUNDED else -1e30, tl.float32)
     total = tl.zeros((BT,), tl.float32)
@@ -125,12 +128,12 @@ def _attend_window(
         if (start < full) | (start + BS > first + P + 1):
             scores = hide(scores, row + P, start + tl.arange(0, BS), floor, W, float("-inf"))
         if BOUNDED:
-            weights = tl.exp2(scores * factor)
+            weights = softmax_weights(scores, FACTOR, 0.0, PRECISE)
             # Neighbours of a row lie in different threads, elements eight apart in one.
             sums += tl.sum(weights.reshape(BT, BS // 8, 8), 1)
         else:
-            peak = tl.maximum(highest, tl.max(scores, 1) * factor)
-            weights = tl.exp2(scores * factor - peak[:, None])
+            peak = tl.maximum(highest, tl.max(scores, 1) * FACTOR)
+            weights = softmax_weights(scores, FACTOR, peak[:, None], PRECISE)
             decay = tl.exp2(highest - peak)
             total = total * decay + tl.sum(weights, 1)
             acc *= decay[:, None]
@@ -204,7 +207,7 @@ def attend(
         recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
-        tiles, key_width**-0.5, recall.eps,
+        tiles, recall.eps,
         K=key_width, V=value_width, BK=bk, BV=bv, PARTS=parts,
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
         ROWS=ROWS, PRECISION=precision(q.dtype),

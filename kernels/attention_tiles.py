@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from newllm.kernels.common import INTERPRETED, dot, padded
+from newllm.kernels.common import INTERPRETED, LN2, dot, padded
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -224,10 +224,14 @@ def hide(scores, row, slot, floor, W, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def softmax_weights(scores, factor, level):
-    """exp2(factor * scores - level); a level of float64 is taken off in two steps of float32."""
-    upper = level.to(tl.float32)
-    exponent = scores * factor - upper
-    if level.dtype == tl.float64:
-        exponent -= (level - upper).to(tl.float32)
-    return tl.exp2(exponent)
+def softmax_weights(scores, FACTOR: tl.constexpr, level, PRECISE: tl.constexpr):
+    """2 ** (FACTOR scores - level); PRECISE does not round the exponent, which could be the largest error."""
+    if PRECISE:
+        exponent = scores.to(tl.float64) * FACTOR - level
+        upper = exponent.to(tl.float32)
+        # Infinities have no rest.
+        rest = tl.where(upper > float("-inf"), exponent - upper, 0.0).to(tl.float32)
+        weights = tl.exp2(upper) * (1 + rest * LN2)
+    else:
+        weights = tl.exp2(scores * FACTOR - level)
+    return weights
