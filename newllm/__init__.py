@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     )
     from newllm.models.convert import convert as convert
     from newllm.models.session import Session as Session
-    from newllm.modules import InfiniAttention as InfiniAttention, TensorMemory as TensorMemory
+    from newllm.modules import (
+        ContextBlock as ContextBlock,
+        ContextKVAttention as ContextKVAttention,
+        ContextLayer as ContextLayer,
+        InfiniAttention as InfiniAttention,
+        TensorMemory as TensorMemory,
+        TokenBlock as TokenBlock,
+    )
     from newllm.types import (
         ContextParams as ContextParams,
         FeatureMap as FeatureMap,
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "ContextBlock": "newllm.modules",
+    "ContextKVAttention": "newllm.modules",
+    "ContextLayer": "newllm.modules",
     "ContextParams": "newllm.types",
     "FeatureMap": "newllm.types",
     "GatedParams": "newllm.types",
@@ -40,6 +50,7 @@ _PUBLIC = {
     "SenriModel": "newllm.models",
     "Session": "newllm.models.session",
     "TensorMemory": "newllm.modules",
+    "TokenBlock": "newllm.modules",
     "convert": "newllm.models.convert",
     "ops": "newllm.ops",
     "use_backend": "newllm.backend",
