@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from newllm import ops as ops
     from newllm.backend import use_backend as use_backend
     from newllm.models import (
+        ContextLMConfig as ContextLMConfig,
+        ContextLMForCausalLM as ContextLMForCausalLM,
         SenriConfig as SenriConfig,
         SenriForCausalLM as SenriForCausalLM,
         SenriModel as SenriModel,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     )
     from newllm.types import (
         ContextParams as ContextParams,
+        ContextState as ContextState,
         FeatureMap as FeatureMap,
         GatedParams as GatedParams,
         InfiniState as InfiniState,
@@ -38,8 +41,11 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "ContextBlock": "newllm.modules",
     "ContextKVAttention": "newllm.modules",
+    "ContextLMConfig": "newllm.models",
+    "ContextLMForCausalLM": "newllm.models",
     "ContextLayer": "newllm.modules",
     "ContextParams": "newllm.types",
+    "ContextState": "newllm.types",
     "FeatureMap": "newllm.types",
     "GatedParams": "newllm.types",
     "InfiniAttention": "newllm.modules",
