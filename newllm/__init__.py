@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from newllm import ops as ops
     from newllm.backend import use_backend as use_backend
     from newllm.models import (
+        ContextKVConfig as ContextKVConfig,
+        ContextKVForCausalLM as ContextKVForCausalLM,
         ContextLMConfig as ContextLMConfig,
         ContextLMForCausalLM as ContextLMForCausalLM,
         SenriConfig as SenriConfig,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "ContextBlock": "newllm.modules",
     "ContextKVAttention": "newllm.modules",
+    "ContextKVConfig": "newllm.models",
+    "ContextKVForCausalLM": "newllm.models",
     "ContextLMConfig": "newllm.models",
     "ContextLMForCausalLM": "newllm.models",
     "ContextLayer": "newllm.modules",
