@@ -112,12 +112,12 @@ def test_row_18_magnitude_and_direction_make_the_distance() -> None:
 
 
 class Pointed:
-    """Contexts that are ``spread`` times the token's own direction, whatever came before."""
+    """Contexts whose first ``live`` of 8 numbers are the token's own, ``spread`` apart."""
 
     device = torch.device("cpu")
 
-    def __init__(self, spread: float) -> None:
-        self.spread, self.model = spread, self
+    def __init__(self, spread: float, live: int = 8) -> None:
+        self.spread, self.model = spread * (torch.arange(8) < live), self
 
     def eval(self) -> None:
         """Nothing to switch."""
@@ -128,8 +128,9 @@ class Pointed:
 
 
 def test_attractor_verdicts() -> None:
-    for spread, said in ((1e-4, "attractor"), (0.02, "attractor"), (0.04, "suspicious"), (1.0, "apart")):
-        assert global_attractor(Pointed(spread), list(range(50))).verdict == said
+    cases = ((1e-4, 8, "attractor"), (0.02, 8, "attractor"), (1.0, 3, "suspicious"), (1.0, 4, "apart"))
+    for spread, live, said in cases:
+        assert global_attractor(Pointed(spread, live), list(range(50))).verdict == said
     found = global_attractor(Pointed(1.0), list(range(50)))
     assert found.least < found.mean < found.most and (found.dead, found.width) == (0, 8)
     with pytest.raises(ValueError, match="tokens must be at least 2, got 1"):
