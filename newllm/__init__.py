@@ -10,15 +10,27 @@ if TYPE_CHECKING:
     from newllm import ops as ops
     from newllm.backend import use_backend as use_backend
     from newllm.models import (
+        ContextKVConfig as ContextKVConfig,
+        ContextKVForCausalLM as ContextKVForCausalLM,
+        ContextLMConfig as ContextLMConfig,
+        ContextLMForCausalLM as ContextLMForCausalLM,
         SenriConfig as SenriConfig,
         SenriForCausalLM as SenriForCausalLM,
         SenriModel as SenriModel,
     )
     from newllm.models.convert import convert as convert
     from newllm.models.session import Session as Session
-    from newllm.modules import InfiniAttention as InfiniAttention, TensorMemory as TensorMemory
+    from newllm.modules import (
+        ContextBlock as ContextBlock,
+        ContextKVAttention as ContextKVAttention,
+        ContextLayer as ContextLayer,
+        InfiniAttention as InfiniAttention,
+        TensorMemory as TensorMemory,
+        TokenBlock as TokenBlock,
+    )
     from newllm.types import (
         ContextParams as ContextParams,
+        ContextState as ContextState,
         FeatureMap as FeatureMap,
         GatedParams as GatedParams,
         InfiniState as InfiniState,
@@ -29,7 +41,15 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "ContextBlock": "newllm.modules",
+    "ContextKVAttention": "newllm.modules",
+    "ContextKVConfig": "newllm.models",
+    "ContextKVForCausalLM": "newllm.models",
+    "ContextLMConfig": "newllm.models",
+    "ContextLMForCausalLM": "newllm.models",
+    "ContextLayer": "newllm.modules",
     "ContextParams": "newllm.types",
+    "ContextState": "newllm.types",
     "FeatureMap": "newllm.types",
     "GatedParams": "newllm.types",
     "InfiniAttention": "newllm.modules",
@@ -40,6 +60,7 @@ _PUBLIC = {
     "SenriModel": "newllm.models",
     "Session": "newllm.models.session",
     "TensorMemory": "newllm.modules",
+    "TokenBlock": "newllm.modules",
     "convert": "newllm.models.convert",
     "ops": "newllm.ops",
     "use_backend": "newllm.backend",

@@ -69,6 +69,31 @@ class InfiniState(NamedTuple):
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
 
+class ContextState(NamedTuple):
+    """All that a model of contexts remembers of a stream; C context width, E embedding width, M slots.
+
+    ``context [B, C]`` (float32, or float64 of a float64 model) after the last token, of all blocks side by
+    side; ``position [B]`` (int64) counts the row's real tokens. ``recent [B, k - 1, E]`` holds the last
+    embeddings of a block that reads k. ``keys`` and ``values`` ``[B, M, E]`` are those of earlier contexts,
+    ``slots [B, M]`` (int64) their positions, -1 for none. What a model does not need is ``None``.
+    """
+
+    context: Tensor
+    position: Tensor
+    recent: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    slots: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ContextState:
+        """The state with ``function`` applied to each tensor it has."""
+        return ContextState(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
+
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
 class ContextParams(NamedTuple):
     """Parameters of L context layers, stacked; C context width, E input width.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from newllm.cli import Command
+from newllm.cli.train_context import COMMANDS as CONTEXT
 from newllm.data.sources import Offline
 from newllm.training.config import (
     ConvertConfig,
@@ -245,4 +246,4 @@ def _finish(record: Any, trainer: Any, shape: dict[str, Any], data: dict[str, An
     print(f"the model is in {kept}; {record.metrics}, {record.out / CURVES}, {record.out / SUMMARY}")
 
 
-COMMANDS = {"senri": Command(SenriOptions, run_senri), "hf": Command(HfOptions, run_hf)}
+COMMANDS = {"senri": Command(SenriOptions, run_senri), "hf": Command(HfOptions, run_hf), **CONTEXT}

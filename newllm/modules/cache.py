@@ -1,4 +1,4 @@
-"""The state of one Infini-attention layer inside an ordinary transformers ``Cache``."""
+"""States of constant size inside an ordinary transformers ``Cache``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
-from newllm.types import InfiniState
+from newllm.types import ContextState, InfiniState
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -136,19 +136,38 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.state = self.state.map(move)
 
 
-def cache_layer(cache: Cache, index: int) -> InfiniCacheLayer:
+class ContextCacheLayer(InfiniCacheLayer):
+    """The same for the ``ContextState`` of a whole model."""
+
+    def read_context(self, batch_size: int, width: int) -> ContextState | None:
+        """The state for a batch of ``batch_size`` rows and contexts of ``width`` numbers; None at the start.
+
+        Raises ``ValueError`` for a cache of another batch size or model.
+        """
+        state: Any = self.read(batch_size)
+        if state is not None and state.context.shape[-1] != width:
+            raise ValueError(
+                f"past_key_values holds contexts of width {state.context.shape[-1]}, the model's have "
+                f"{width}: pass a cache of this model"
+            )
+        return state  # type: ignore[no-any-return]
+
+
+def cache_layer(
+    cache: Cache, index: int, kind: type[InfiniCacheLayer] = InfiniCacheLayer
+) -> InfiniCacheLayer:
     """Layer ``index`` of ``cache``, put there in place of a fresh key/value layer.
 
     Raises ``ValueError`` for a cache that another kind of attention has written to.
     """
     while len(cache.layers) <= index:
-        cache.layers.append(InfiniCacheLayer())
+        cache.layers.append(kind())
     layer = cache.layers[index]
-    if not isinstance(layer, InfiniCacheLayer):
+    if type(layer) is not kind:
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
                 f"past_key_values already holds {type(layer).__name__} content of another model in layer "
                 f"{index}: pass a fresh cache"
             )
-        layer = cache.layers[index] = InfiniCacheLayer(static=isinstance(layer, StaticLayer))
+        layer = cache.layers[index] = kind(static=isinstance(layer, StaticLayer))
     return layer
