@@ -1,0 +1,40 @@
+// The sweeps on a CUDA device. Addresses are the device's; the stream is a cudaStream_t.
+#pragma once
+
+#include <cstddef>
+
+#include "context_sweep.h"
+
+namespace newllm {
+
+// How a sweep would run.
+struct CudaSweepPlan {
+    const char* kernel;  // "cluster", or null: none fits, and `reason` says why
+    const char* reason;
+    int cluster, threads;  // blocks of a cluster, threads of a block
+    int rows, groups;      // rows that go together, and how many such groups a cluster takes
+    int clusters, at_once;  // clusters in all, and how many of them the device runs at a time
+    size_t shared;          // bytes of a block's shared memory
+};
+
+struct CudaCall {
+    int device;
+    void* stream;
+    bool half;     // matrices are bfloat16; otherwise float32
+    int* timeout;  // on the device; set to 1 when a wait was given up. Null: the kernel then fails
+};
+
+enum class SweepDirection { kForward, kAdjoint };
+
+// `groups` and `rows` of a group: 0 chooses them.
+CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, int device,
+                                 int rows = 0, int groups = 0);
+
+// Null, or what went wrong. Nothing waits for the device.
+const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call);
+
+// The two products of all tokens [B, T, L, C]: W^T slope and W^T (slope normed).
+const char* context_adjoint_cuda(const ContextAdjoint& sweep, const float* slope_product, const float* normed_product,
+                                 const CudaSweepPlan& plan, const CudaCall& call);
+
+}  // namespace newllm
