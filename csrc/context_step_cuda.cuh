@@ -33,7 +33,6 @@ struct ContextForwardStep {
         float* output;       // of the next token
         float value, centre, now;
     };
-    static constexpr bool kSumsOfValue = true;
 
     static __device__ __forceinline__ int index(int width, int to, int from) { return to * width + from; }
 
@@ -70,7 +69,9 @@ struct ContextForwardStep {
         return own;
     }
 
-    static __device__ __forceinline__ Departure departure(const State& state) { return {state.value, 0.0f, 0.0f}; }
+    static __device__ __forceinline__ Departure departure(const State& state) {
+        return {state.value, state.value, state.value * state.value};
+    }
 
     static __device__ __forceinline__ float next(const Arguments& args, bool more, State& state) {
         if (!more || state.drive == nullptr) return 0.0f;
@@ -95,6 +96,12 @@ struct ContextForwardStep {
         if (place.writes && state.drive != nullptr) *state.output = context;
         state.output += constants.stride;
     }
+
+    static __device__ __forceinline__ void finish(const Arguments& args, const Place& place, int64_t row,
+                                                  const State& state) {
+        if (!place.writes || state.drive == nullptr) return;
+        args.sweep.last[row * args.sweep.width + place.column] = *(state.output - args.sweep.width);
+    }
 };
 
 // What travels is slope * weighted, and the sums the layer norm's gradient needs. That gradient is linear:
@@ -110,7 +117,7 @@ struct ContextAdjointStep {
     struct Constants {
         float gain;  // the layer norm's weight
         int stride;
-        float *total, *change, *start;
+        float *total, *change;
     };
     struct Column {  // at one token
         float outer, slope, normed, rstd, slope_product, normed_product;
@@ -121,7 +128,6 @@ struct ContextAdjointStep {
         float weighted;
         Column now, next;
     };
-    static constexpr bool kSumsOfValue = false;
 
     static __device__ __forceinline__ int index(int width, int to, int from) { return from * width + to; }
 
@@ -145,7 +151,7 @@ struct ContextAdjointStep {
     static __device__ __forceinline__ Constants constants(const Arguments& args, const Sweeper& sweeper,
                                                           const SweepLayout&) {
         const int column = min(sweeper.place.column, sweeper.width - 1);
-        return {args.sweep.ln_weight[column], sweeper.width, args.sweep.total, args.sweep.change, args.sweep.start};
+        return {args.sweep.ln_weight[column], sweeper.width, args.sweep.total, args.sweep.change};
     }
 
     // The gradient of the output at the token that is now.
@@ -183,7 +189,12 @@ struct ContextAdjointStep {
         state.write -= constants.stride;
         state.now = state.next;
         if (more) enter(place, constants, carry, state);
-        else if (writes) constants.start[state.start] = carry;
+        else state.weighted = carry;  // for finish
+    }
+
+    static __device__ __forceinline__ void finish(const Arguments& args, const Place& place, int64_t,
+                                                  const State& state) {
+        if (place.writes && state.start >= 0) args.sweep.start[state.start] = state.weighted;
     }
 };
 

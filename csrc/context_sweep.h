@@ -28,6 +28,7 @@ struct ContextForward {
     const float* ln_bias;    // [L, C]
     const float* start;      // [rows, C]
     float* outputs;          // [B, T, L, C], every layer's result
+    float* last;             // [rows, C], the last layer's result after the last token of each run
 };
 
 // The same backwards in time. What does not depend on later tokens is given for all tokens.
@@ -64,6 +65,7 @@ struct GatedForward {
     const float* ln_bias;     // [C]
     const float* start;       // [rows, C]
     float* outputs;           // [B, T, C]
+    float* last;              // [rows, C]
 };
 
 struct GatedAdjoint {

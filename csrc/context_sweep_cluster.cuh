@@ -3,10 +3,10 @@
 // A cluster sweeps a few runs (rows) of tokens, four of them or one at a time (a group; groups take turns, so that one
 // computes while the messages of another travel). Every warp of the cluster owns kColumns columns of the vector that
 // travels. An exchange: a warp reads the whole vector from its block's shared memory, takes the products with its rows
-// of W, makes of them its own columns of the next vector (`Step`, forward or adjoint), and sends these, with its share
-// of two sums over the columns (the layer norm's), to every block of the cluster. No block waits for anything but the
-// vector's arrival; two buffers suffice, because nobody can send a vector before it has received the last one from
-// everybody.
+// of W, and makes of them its own columns of the next vector (`Step`, forward or adjoint) and its share of two sums
+// over the columns (the layer norm's). The block gathers these and sends them to every block of the cluster, in runs,
+// which travel faster than single messages. No block waits for another but by the vector's arrival; two buffers
+// suffice, because nobody can send a vector before it has received the last one from everybody.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,39 +26,44 @@ constexpr int kSweepThreads = 32 * kSweepWarps;
 template <int Columns, int Senders, int Resident, int Rows>
 struct SweepTile {
     static constexpr int kColumns = Columns, kSenders = Senders, kResident = Resident, kRows = Rows;
-    static constexpr int kQuads = (Columns + 2 + 3) / 4;  // of a message: columns and two sums
-    static constexpr int kWarps = 32 * Senders;
-    static constexpr int kPadded = Columns <= 2 ? 2 : Columns <= 4 ? 4 : 8;
-    static constexpr int kShift = Columns <= 2 ? 4 : Columns <= 4 ? 3 : 2;  // lane >> kShift is the lane's column
-    static constexpr bool kSumsAsColumns = Columns + 2 <= kPadded;  // they are reduced together with the products
+    static constexpr int kQuads = (Columns + 2 + 3) / 4;  // of a warp's message: columns and two sums
+    static constexpr int kMessage = Rows * kQuads * kSweepWarps;  // quads that a block sends to another
+    static constexpr int kVector = 4 * Senders * kMessage;        // quads of a group's vector
+    static constexpr int kSends = (4 * Senders * kMessage + kSweepThreads - 1) / kSweepThreads;  // quads, of a lane
+    static constexpr bool kSumsAsColumns = Columns + 2 <= 8;  // they are reduced together with the products
     static constexpr int kValues = kSumsAsColumns ? Columns + 2 : Columns;
-    static constexpr int kRowValues = Rows * kValues < kPadded ? kPadded : Rows * kValues;
+    static constexpr int kRowValues = Rows * kValues < 8 ? 8 : Rows * kValues;
     static constexpr int kShareQuads = Columns * Columns / 4;
-    static constexpr int kVector = Rows * kQuads * kWarps;  // quads of a group's vector
-    static_assert(Columns % 2 == 0 && Columns <= 8 && Resident <= Senders && (Rows == 1 || Rows == 4), "");
+    static_assert((Columns == 6 || Columns == 8) && Resident <= Senders && (Rows == 1 || Rows == 4), "");
 };
 
 // Where things lie in a block's shared memory, in bytes.
 struct SweepLayout {
-    size_t weights, state, barriers, total;
+    size_t outbox, weights, state, barriers, total;
 };
 
 template <class Tile, class Step>
 __host__ __device__ inline SweepLayout sweep_layout(int groups) {
     SweepLayout at{};
-    at.weights = size_t(2) * groups * Tile::kVector * sizeof(float4);
+    at.outbox = size_t(2) * groups * Tile::kVector * sizeof(float4);
+    at.weights = at.outbox + 2 * Tile::kMessage * sizeof(float4);
     at.state = at.weights + (Tile::kSenders - Tile::kResident) * Tile::kShareQuads * sizeof(float4) * kSweepThreads;
     at.barriers = at.state + (groups > 1 ? groups * sizeof(typename Step::State) * kSweepThreads : 0);
     at.total = at.barriers + 2 * groups * sizeof(uint64_t);
     return at;
 }
 
+// Bits of a lane's number: below are rows (and lanes that hold the same), above is one of eight columns.
+constexpr int kColumnShift = 2;
+
 // What a lane is responsible for: one column of one row of the group. Lanes of one column and row hold the same.
 struct Place {
     int worker, lane;   // warp of the cluster, lane of the warp
     int first, column;  // the warp's first column, the lane's
+    int output;         // column - first
     int row;            // within the group
-    bool owns, writes;  // a column of the vector; and is the one lane to write it
+    bool sends;         // is the one lane to put the column into the warp's message
+    bool owns, writes;  // has a column of the vector; and is the one lane to write it
 };
 
 // What a vector's arrival gives a lane, and what the lane gives to the next.
@@ -86,19 +91,18 @@ __device__ __forceinline__ void halve(float* values, int mask, int lane) {
 // Sums over all lanes of the values, rows by Tile::kValues, of which a lane gets one: of its row, of its column.
 template <class Tile>
 __device__ __forceinline__ float reduce_values(float (&values)[Tile::kRowValues], int lane) {
-    constexpr int padded = Tile::kPadded, count = Tile::kValues;
+    constexpr int count = Tile::kValues;
     if constexpr (Tile::kRows == 4) {
         halve<2 * count>(values, 2, lane);
         halve<count>(values, 1, lane);
 #pragma unroll
-        for (int j = count; j < padded; j++) values[j] = 0.0f;
+        for (int j = count; j < 8; j++) values[j] = 0.0f;
     }
-    if constexpr (padded == 8) halve<4>(values, 16, lane);
-    if constexpr (padded >= 4) halve<2>(values, padded == 8 ? 8 : 16, lane);
-    halve<1>(values, 1 << Tile::kShift, lane);
+    halve<4>(values, 16, lane);
+    halve<2>(values, 8, lane);
+    halve<1>(values, 4, lane);
 #pragma unroll
-    for (int mask = Tile::kRows; mask < 1 << Tile::kShift; mask <<= 1)
-        values[0] += __shfl_xor_sync(~0u, values[0], mask);
+    for (int mask = Tile::kRows; mask < 4; mask <<= 1) values[0] += __shfl_xor_sync(~0u, values[0], mask);
     return values[0];
 }
 
@@ -127,11 +131,13 @@ struct Sweeper {
     const Place place;
     const int width;
     float weight[Tile::kResident][Tile::kColumns][Tile::kColumns];
-    SharedAddress peer_vectors, peer_barriers;  // of the block that this lane sends to
-    bool sends;
 
     static __device__ __forceinline__ float4* vector(int buffer) {
         return reinterpret_cast<float4*>(dynamic_shared()) + buffer * Tile::kVector;
+    }
+    // Where a warp of the cluster has a quad of a row's message, in a vector.
+    static __device__ __forceinline__ int slot(int worker, int row, int quad) {
+        return worker / kSweepWarps * Tile::kMessage + (row * Tile::kQuads + quad) * kSweepWarps + worker % kSweepWarps;
     }
     __device__ __forceinline__ float4* share(const SweepLayout& at, int p) const {
         return reinterpret_cast<float4*>(dynamic_shared() + at.weights) +
@@ -197,7 +203,7 @@ struct Sweeper {
     }
 
     __device__ __forceinline__ Arrival receive(const SweepLayout& at, int buffer) const {
-        const float4* const vector = Sweeper::vector(buffer) + place.lane;
+        const float4* const vector = Sweeper::vector(buffer) + slot(place.lane, 0, 0);
         float values[Tile::kRowValues] = {}, first[Tile::kRows] = {}, second[Tile::kRows] = {};
 #pragma unroll
         for (int p = 0; p < Tile::kSenders; p++) {
@@ -210,7 +216,7 @@ struct Sweeper {
                 float x[4 * Tile::kQuads];
 #pragma unroll
                 for (int q = 0; q < Tile::kQuads; q++) {
-                    const float4 quad = vector[(r * Tile::kQuads + q) * Tile::kWarps + p * 32];
+                    const float4 quad = vector[slot(p * 32, r, q)];
                     x[4 * q] = quad.x, x[4 * q + 1] = quad.y, x[4 * q + 2] = quad.z, x[4 * q + 3] = quad.w;
                 }
                 first[r] += x[Tile::kColumns];
@@ -231,8 +237,8 @@ struct Sweeper {
                 values[r * Tile::kValues + Tile::kColumns + 1] = second[r];
             }
             const float sum = reduce_values<Tile>(values, place.lane);
-            const int source = (Tile::kColumns << Tile::kShift) | place.row;
-            return {sum, __shfl_sync(~0u, sum, source), __shfl_sync(~0u, sum, source + (1 << Tile::kShift))};
+            const int source = (Tile::kColumns << kColumnShift) | place.row;
+            return {sum, __shfl_sync(~0u, sum, source), __shfl_sync(~0u, sum, source + (1 << kColumnShift))};
         } else {
             const float first_sum = reduce_rows(first, place.lane), second_sum = reduce_rows(second, place.lane);
             return {reduce_values<Tile>(values, place.lane), first_sum, second_sum};
@@ -243,8 +249,9 @@ struct Sweeper {
     // rows: zeros), and as the first sum theirs over the columns. Before the first exchange, by the whole block.
     __device__ __forceinline__ Arrival receive_from(const SweepLayout& at, const float* vectors, int64_t rows,
                                                     int stride) const {
-        for (int slot = threadIdx.x; slot < Tile::kRows * Tile::kWarps; slot += kSweepThreads) {
-            const int r = slot / Tile::kWarps, worker = slot % Tile::kWarps;
+        constexpr int workers = 32 * Tile::kSenders;
+        for (int i = threadIdx.x; i < Tile::kRows * workers; i += kSweepThreads) {
+            const int r = i / workers, worker = i % workers;
             float x[4 * Tile::kQuads] = {};
             for (int i = 0; i < Tile::kColumns; i++) {
                 const int column = worker * Tile::kColumns + i;
@@ -252,8 +259,7 @@ struct Sweeper {
                 x[Tile::kColumns] += x[i];
             }
             for (int q = 0; q < Tile::kQuads; q++)
-                vector(0)[(r * Tile::kQuads + q) * Tile::kWarps + worker] =
-                    make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]);
+                vector(0)[slot(worker, r, q)] = make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]);
         }
         __syncthreads();
         const Arrival arrival = receive(at, 0);
@@ -261,40 +267,36 @@ struct Sweeper {
         return arrival;
     }
 
-    // Every lane gathers the warp's columns and sends some quads of each row's message to one block.
-    __device__ __forceinline__ void depart(const Departure& own, int buffer) const {
-        const bool upper = place.lane >= 16;
-        const SharedAddress barrier = peer_barriers + buffer * sizeof(uint64_t);
-        const SharedAddress base = peer_vectors + (buffer * Tile::kVector + place.worker) * sizeof(float4);
+    // The block gathers its columns and sums; then every lane sends some quads of them. All its warps come here.
+    __device__ __forceinline__ void depart(const SweepLayout& at, const Departure& own, int buffer) const {
+        float4* const outbox = reinterpret_cast<float4*>(dynamic_shared() + at.outbox) + (buffer & 1) * Tile::kMessage;
+        float* const message = reinterpret_cast<float*>(outbox + slot(place.worker % kSweepWarps, place.row, 0));
+        const auto entry = [](int i) { return i / 4 * kSweepWarps * 4 + i % 4; };
+        if (place.sends) message[entry(place.output)] = own.value;
+        float first = own.first, second = own.second;
 #pragma unroll
-        for (int r = 0; r < Tile::kRows; r++) {
-            float x[4 * Tile::kQuads] = {}, first = 0.0f, second = 0.0f;
-#pragma unroll
-            for (int j = 0; j < Tile::kColumns; j++)
-                x[j] = __shfl_sync(~0u, own.value, (j << Tile::kShift) | r);
-#pragma unroll
-            for (int j = 0; j < Tile::kColumns; j += 2) {
-                const int even = (j << Tile::kShift) | r, odd = even + (1 << Tile::kShift);
-                if constexpr (Step::kSumsOfValue) {
-                    first += x[j] + x[j + 1];
-                    second += fmaf(x[j], x[j], x[j + 1] * x[j + 1]);
-                } else {
-                    first += __shfl_sync(~0u, own.first, even) + __shfl_sync(~0u, own.first, odd);
-                    second += __shfl_sync(~0u, own.second, even) + __shfl_sync(~0u, own.second, odd);
-                }
-            }
-            x[Tile::kColumns] = first;
-            x[Tile::kColumns + 1] = second;
-#pragma unroll
-            for (int q = 0; q < Tile::kQuads; q += 2) {
-                const int other = q + 1 < Tile::kQuads ? q + 1 : q, mine = upper ? other : q;
-                const float4 quad = make_float4(upper ? x[4 * other] : x[4 * q], upper ? x[4 * other + 1] : x[4 * q + 1],
-                                                upper ? x[4 * other + 2] : x[4 * q + 2],
-                                                upper ? x[4 * other + 3] : x[4 * q + 3]);
-                if (sends && (other != q || !upper))
-                    send(base + (r * Tile::kQuads + mine) * Tile::kWarps * sizeof(float4), quad, barrier);
-            }
+        for (int mask = 1 << kColumnShift; mask < 32; mask <<= 1) {
+            first += __shfl_xor_sync(~0u, first, mask);
+            second += __shfl_xor_sync(~0u, second, mask);
         }
+        if (place.lane < Tile::kRows) {
+            message[entry(Tile::kColumns)] = first;
+            message[entry(Tile::kColumns + 1)] = second;
+        }
+        __syncthreads();
+        const int blocks = cluster_size(), rank = cluster_rank();
+#pragma unroll
+        for (int k = 0; k < Tile::kSends; k++) {
+            const int i = k * kSweepThreads + threadIdx.x, quad = i % Tile::kMessage;
+            if (i >= blocks * Tile::kMessage) break;
+            const int peer = (i / Tile::kMessage + rank) & (blocks - 1);  // not all to the same one at once
+            send(remote_address(vector(buffer) + rank * Tile::kMessage + quad, peer), outbox[quad],
+                 remote_address(barrier(at, buffer), peer));
+        }
+    }
+
+    static __device__ __forceinline__ uint64_t* barrier(const SweepLayout& at, int buffer) {
+        return reinterpret_cast<uint64_t*>(dynamic_shared() + at.barriers) + buffer;
     }
 };
 
@@ -304,11 +306,13 @@ __device__ __forceinline__ Place find_place(int width) {
     place.lane = threadIdx.x % 32;
     place.worker = cluster_rank() * kSweepWarps + threadIdx.x / 32;
     place.first = place.worker * Tile::kColumns;
-    const int output = place.lane >> Tile::kShift, rest = place.lane & ((1 << Tile::kShift) - 1);
-    place.column = place.first + output;
-    place.row = rest & (Tile::kRows - 1);
-    place.owns = output < Tile::kColumns && place.column < width;
-    place.writes = place.owns && rest < Tile::kRows;
+    place.output = place.lane >> kColumnShift;
+    place.column = place.first + place.output;
+    place.row = place.lane & (Tile::kRows - 1);
+    const bool repeats = (place.lane & ((1 << kColumnShift) - 1)) >= Tile::kRows;
+    place.sends = place.output < Tile::kColumns && !repeats;
+    place.owns = place.output < Tile::kColumns && place.column < width;
+    place.writes = place.owns && !repeats;
     return place;
 }
 
@@ -322,21 +326,17 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
     const SweepLayout at = sweep_layout<Tile, Step>(groups);
     Sweeper<Tile, Step> sweeper{find_place<Tile>(args.sweep.width), static_cast<int>(args.sweep.width)};
     const Place& place = sweeper.place;
-    uint64_t* const barriers = reinterpret_cast<uint64_t*>(dynamic_shared() + at.barriers);
     typename Step::State* const states =
         reinterpret_cast<typename Step::State*>(dynamic_shared() + at.state) + threadIdx.x;
-    const int blocks = cluster_size(), peer = place.lane % 16;
-    sweeper.sends = peer < blocks;
-    sweeper.peer_vectors = remote_address(sweeper.vector(0), sweeper.sends ? peer : 0);
-    sweeper.peer_barriers = remote_address(barriers, sweeper.sends ? peer : 0);
-    const uint32_t bytes = blocks * kSweepWarps * Tile::kRows * Tile::kQuads * sizeof(float4);
+    const int blocks = cluster_size();
+    const uint32_t bytes = blocks * Tile::kMessage * sizeof(float4);
 
-    for (int i = threadIdx.x; i < 2 * groups * Tile::kVector; i += kSweepThreads)
+    for (int i = threadIdx.x; i < 2 * (groups * Tile::kVector + Tile::kMessage); i += kSweepThreads)
         sweeper.vector(0)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (threadIdx.x == 0)
         for (int b = 0; b < 2 * groups; b++) {
-            barrier_init(barriers + b);
-            barrier_expect(barriers + b, bytes);
+            barrier_init(sweeper.barrier(at, b));
+            barrier_expect(sweeper.barrier(at, b), bytes);
         }
     if (args.half) sweeper.template load_weights<true>(at, args.sweep.weight);
     else sweeper.template load_weights<false>(at, args.sweep.weight);
@@ -352,23 +352,29 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
 
     for (int group = 0; group < groups; group++) {
         if (groups > 1) state = states[group * kSweepThreads];
-        sweeper.depart(Step::departure(state), group);
+        sweeper.depart(at, Step::departure(state), group);
     }
     const int tokens = args.sweep.span.tokens;
     const float share = 1.0f / sweeper.width;
     bool alive = true;
-    for (int token = 0; token < tokens && alive; token++) {
+    for (int token = 0; token < tokens; token++) {
         const int buffer = (token & 1) * groups;
-        for (int group = 0; group < groups && alive; group++) {
+        for (int group = 0; group < groups; group++) {
             if (groups > 1) state = states[group * kSweepThreads];
             const auto ahead = Step::fetch(args, token + 2 < tokens, state);
-            alive = __all_sync(~0u, barrier_wait(barriers + buffer + group, (token >> 1) & 1));
-            if (threadIdx.x == 0) barrier_expect(barriers + buffer + group, bytes);
+            uint64_t* const barrier = sweeper.barrier(at, buffer + group);
+            // After a wait that was given up nothing is waited for, so that all come to the end.
+            alive = alive && __all_sync(~0u, barrier_wait(barrier, (token >> 1) & 1));
+            if (threadIdx.x == 0 && alive) barrier_expect(barrier, bytes);
             Step::arrive(place, constants, sweeper.receive(at, buffer + group), share, token + 1 < tokens, state);
-            if (token + 1 < tokens) sweeper.depart(Step::departure(state), groups - buffer + group);
+            if (token + 1 < tokens) sweeper.depart(at, Step::departure(state), groups - buffer + group);
             Step::keep(state, ahead);
             if (groups > 1) states[group * kSweepThreads] = state;
         }
+    }
+    for (int group = 0; group < groups; group++) {
+        if (groups > 1) state = states[group * kSweepThreads];
+        Step::finish(args, place, first_row + group * Tile::kRows + place.row, state);
     }
     if (!alive && place.lane == 0) give_up(timeout);
     cluster_sync();

@@ -41,7 +41,7 @@ struct Variant {
 template <class Step, int Columns, int Senders, int Resident, int Rows>
 constexpr Variant<Step> variant() {
     using Tile = SweepTile<Columns, Senders, Resident, Rows>;
-    return {Tile::kWarps * Columns, Columns, Rows, sweep_cluster_kernel<Tile, Step>, sweep_layout<Tile, Step>};
+    return {32 * Senders * Columns, Columns, Rows, sweep_cluster_kernel<Tile, Step>, sweep_layout<Tile, Step>};
 }
 
 // Narrow ones first: the first that is wide enough is taken.

@@ -44,7 +44,7 @@ __device__ __forceinline__ void cluster_sync() {
 // Where block `rank` keeps what this block keeps at `local`.
 __device__ __forceinline__ SharedAddress remote_address(const void* local, uint32_t rank) {
     SharedAddress address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
     return address;
 }
 
