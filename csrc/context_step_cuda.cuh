@@ -1,28 +1,17 @@
 // The context cell as steps of a sweep on clusters: what a lane makes of a vector's arrival. One layer.
 #pragma once
 
+#include "context_arguments_cuda.cuh"
 #include "context_cell.h"
-#include "context_sweep.h"
 #include "context_sweep_cluster.cuh"
 
 namespace newllm {
-
-__device__ __forceinline__ int64_t runs(const Span& span) { return span.batch * span.parts; }
-
-// The token, counted over the arrays that have one entry a token, at which a run begins.
-__device__ __forceinline__ int64_t first_token(const Span& span, int64_t row) {
-    const int parts = static_cast<int>(span.parts), run = static_cast<int>(row);
-    return int64_t(run / parts) * span.batch_stride + int64_t(run % parts) * span.part_stride;
-}
 
 // What travels is u, which the layer norm reads, less a number near its mean (the mean of the last one), so that its
 // variance may be had from sums and squares. The layer norm's weight is multiplied into W; its mean, deviation and
 // bias are applied to the product, which therefore need not wait for them.
 struct ContextForwardStep {
-    struct Arguments {
-        ContextForward sweep;
-        bool half;
-    };
+    using Arguments = ContextForwardArguments;
     struct Constants {
         float gain, shift;      // the layer norm's weight and bias
         float row_sum, offset;  // of W times the weights; of W times the biases
@@ -108,12 +97,7 @@ struct ContextForwardStep {
 //   W^T change = rstd (W^T (slope weighted) - mean(weighted) W^T slope - mean(weighted normed) W^T (slope normed))
 // and the last two products, which depend on no later token, are given for all tokens.
 struct ContextAdjointStep {
-    struct Arguments {
-        ContextAdjoint sweep;
-        const float* slope_product;   // [B, T, C]: W^T slope
-        const float* normed_product;  // [B, T, C]: W^T (slope normed)
-        bool half;
-    };
+    using Arguments = ContextAdjointArguments;
     struct Constants {
         float gain;  // the layer norm's weight
         int stride;

@@ -9,7 +9,7 @@ namespace newllm {
 
 // How a sweep would run.
 struct CudaSweepPlan {
-    const char* kernel;  // "cluster", or null: none fits, and `reason` says why
+    const char* kernel;  // "cluster" or "tensor"; null: none fits, and `reason` says why
     const char* reason;
     int cluster, threads;  // blocks of a cluster, threads of a block
     int rows, groups;      // rows that go together, and how many such groups a cluster takes
@@ -26,9 +26,9 @@ struct CudaCall {
 
 enum class SweepDirection { kForward, kAdjoint };
 
-// `groups` and `rows` of a group: 0 chooses them.
-CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, int device,
-                                 int rows = 0, int groups = 0);
+// `half`: matrices are bfloat16. `rows` of a group (1, 4, or 8: on tensor cores) and `groups`: 0 chooses them.
+CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
+                                 int device, int rows = 0, int groups = 0);
 
 // Null, or what went wrong. Nothing waits for the device.
 const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call);

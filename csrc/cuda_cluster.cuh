@@ -77,6 +77,17 @@ __device__ __forceinline__ void send(SharedAddress data, float4 value, SharedAdd
         : "memory");
 }
 
+// What this thread wrote to its shared memory will be seen by copies that are begun after the next __syncthreads.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A copy of this block's shared memory, of a multiple of 16 bytes; it goes on while the thread does.
+__device__ __forceinline__ void copy(SharedAddress data, const void* local, uint32_t bytes, SharedAddress barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(data),
+        "r"(shared_address(local)), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // Whether the bytes came; false after kPatience cycles.
 __device__ __forceinline__ bool barrier_wait(uint64_t* barrier, uint32_t parity) {
     if (barrier_done(barrier, parity)) return true;
