@@ -17,9 +17,10 @@ struct ContextForwardRows {
     const float* drive;  // of the next token that is to be read
     float* output;       // of the next token
     float gain[Strips], shift[Strips];      // the layer norm's weight and bias
-    float row_sum[Strips], offset[Strips];  // of W times the weights; of W times the biases
-    float value[Strips], now[Strips];         // what travels; the drive of the token after
+    float row_sum[Strips], offset[Strips];  // W times the weights, W times the biases
+    float value[Strips];                    // u less the centre, which travels times the weight
     float centre;
+    float now[Strips];  // the drive of the token after
     bool exists;
 
     static __device__ __forceinline__ int index(int width, int to, int from) { return to * width + from; }
@@ -80,7 +81,10 @@ struct ContextForwardRows {
 #pragma unroll
             for (int v = 0; v < count; v++)
 #pragma unroll
-                for (int i = 0; i < together; i++) products[v * 32 * Strips + j + i] = sum_lanes<32>(sum[v][i]);
+                for (int i = 0; i < together; i++) {
+                    const float product = sum_lanes<32>(sum[v][i]);
+                    if (place.lane == 0) products[v * 32 * Strips + j + i] = product;
+                }
         }
         __syncthreads();
 #pragma unroll
