@@ -15,7 +15,7 @@ from newllm.kernels.attention_tiles import (
     two_halves,
 )
 from newllm.kernels.common import LOG2E, cast, dot, padded, precision
-from newllm.kernels.tiles import attention_tiles
+from newllm.kernels.tiles import tiles_of
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def key_gradients(
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
-    sizes = attention_tiles("_infini_attention_backward_keys_kernel", q.device, max(bk, bv), q.element_size())
+    sizes = tiles_of("_infini_attention_backward_keys_kernel", q.device, max(bk, bv), q.element_size())
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     tiles = triton.cdiv(slots, sizes["BS"])
     (queries, q_tma), (gradient, do_tma) = tiled(q, sizes["BT"], bk), tiled(do, sizes["BT"], bv)

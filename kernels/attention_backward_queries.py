@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.attention_backward_recall import Recalled
+from newllm.kernels.attention_backward_prepare import Prepared
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import (
     elements,
     hide,
     load_clamped,
     load_rows,
-    load_state,
+    matrix_slope,
     query_tile,
     rotate_back,
     row_facts,
@@ -20,8 +20,11 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, cast, dot, padded, precision
-from newllm.kernels.tiles import attention_tiles
+from newllm.kernels.common import LOG2E, cast, dot, memory_dtype, padded, precision
+from newllm.kernels.tiles import tiles_of
+
+# Of a memory's matrix in a step.
+TILE_BYTES = 32768
 
 
 @triton.jit
@@ -53,13 +56,14 @@ def _infini_attention_backward_queries_kernel(
     level = tl.load(lse + head * T + row, mask=real, other=0.0)
     shift = tl.load(delta + head * T + row, mask=real, other=0.0)
     acc = tl.zeros((BT, BK), tl.float32)
+    base = dq + (head * T + first) * K + tl.arange(0, BT)[:, None] * K
     if states is not None:
-        state = (b * HKV + hkv) * N + segment
-        # Before the window, since products behind its loop would keep the compiler from overlapping its own.
-        recall = _matrix_slope(
-            gradient, do, states, do_strides, b, h, state, first, T, K, V, BT, BK, BV, BC, PRECISION
-        )
-        recall = cast(recall, dq.dtype.element_ty)
+        # The memory's share waits where the queries lay, not in registers that the window's loop needs.
+        _store_recall_gradient(
+            gradient, q, do, states, norms, pulls, shares, scale, bias, base, dfeature, q_strides, do_strides,
+            b, h, H, hkv, (b * HKV + hkv) * N + segment, program, first, end, real, T,
+            K, V, BT, BK, BV, BC, PRECISION,
+        )  # fmt: skip
     last = tl.minimum(first + BT, tl.minimum(end, count))
     stop = tl.where(first < last, last + P, 0)
     low = tl.maximum(floor, first + P - W + 1)
@@ -78,81 +82,50 @@ def _infini_attention_backward_queries_kernel(
         slopes = weights * (slopes - shift[:, None])
         acc = dot(cast(slopes, keys.dtype), keys, acc, PRECISION)
 
+    tl.debug_barrier()
     left, right = (acc * softmax_scale).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
     if cos is not None:
         left, right = rotate_back(left, right, cos, sin, rope_strides, b, first, T, K, BT, BK)
-    if states is not None:
-        lower, upper = recall.to(tl.float32).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
-        lower, upper = _recall_gradient(
-            lower, upper, q, norms, pulls, shares, scale, bias, dfeature, q_strides,
-            b, h, H, hkv, state, program, first, real, T, K, BT, BK,
-        )  # fmt: skip
-        left += lower
-        right += upper
-    base = dq + (head * T + first) * K + tl.arange(0, BT)[:, None] * K
     for part in tl.static_range(0, 2):
         element = elements(part, 2, K, BK)
-        result = cast(tl.where(real[:, None], left if part == 0 else right, 0.0), dq.dtype.element_ty)
-        tl.store(base + element[None, :], result, mask=(row < end)[:, None] & (element < K)[None, :])
+        place, held = base + element[None, :], (row < end)[:, None] & (element < K)[None, :]
+        result = left if part == 0 else right
+        if states is not None:
+            # [BT, BK/2]
+            result += tl.load(place, mask=held, other=0.0).to(tl.float32)
+        tl.store(place, cast(tl.where(real[:, None], result, 0.0), dq.dtype.element_ty), mask=held)
 
 
 @triton.jit
-def _recall_gradient(
-    left, right, q, norms, pulls, shares, scale, bias, dfeature, q_strides,
-    b, h, H, hkv, state, program, first, real, T,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Halves [BT, BK/2] of the gradient of raw queries from those of do M^T; stores scale's and bias's."""
-    a, o = 1.0, 0.0
-    if scale is not None:
-        a, o = tl.load(scale + hkv), tl.load(bias + hkv)
-    at = (b * H + h) * T + first + tl.arange(0, BT)
-    pull = tl.load(pulls + at, mask=real, other=0.0)[:, None]
-    share = tl.load(shares + at, mask=real, other=0.0)[:, None]
-    x, slope, z = _slope_and_norm(q, norms, q_strides, b, h, state, first, T, 0, a, o, K, BT, BK)
-    left = (left - pull * z[None, :]) * share * slope
-    x2, slope, z = _slope_and_norm(q, norms, q_strides, b, h, state, first, T, 1, a, o, K, BT, BK)
-    right = (right - pull * z[None, :]) * share * slope
-    if scale is not None:
-        tl.store(dfeature + program * 2, tl.sum(left * x) + tl.sum(right * x2))
-        tl.store(dfeature + program * 2 + 1, tl.sum(left) + tl.sum(right))
-    return left * a, right * a
-
-
-@triton.jit
-def _slope_and_norm(
-    q, norms, strides, b, h, state, first, T, part: tl.constexpr, scale, bias,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Half of a query tile, the slopes of its features [BT, BK/2] and the norm's elements for them [BK/2]."""
-    element = elements(part, 2, K, BK)
-    x = load_clamped(q, strides, b, h, first, T, element, K, BT, BK).to(tl.float32)
-    slope = tl.exp2(tl.minimum(x * (scale * LOG2E) + bias * LOG2E, 0.0))
-    return x, slope, tl.load(norms + state * K + element, mask=element < K, other=0.0)
-
-
-@triton.jit
-def _matrix_slope(
-    gradient, do, states, strides, b, h, state, first, T,
+def _store_recall_gradient(
+    gradient, q, do, states, norms, pulls, shares, scale, bias, base, dfeature, q_strides, do_strides,
+    b, h, H, hkv, state, program, first, end, real, T,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """do M^T in blocks of BC values: [BT, BK]."""
+    """Store the gradient of raw queries through the memory, and their shares of scale's and bias's."""
+    a, o = 1.0, 0.0
+    if scale is not None:
+        a, o = tl.load(scale + hkv), tl.load(bias + hkv)
     element = elements(0, 1, K, BK)
-    if BC == BV:
-        # [BK, BV]
-        matrix = load_state(states, state, element, tl.arange(0, BV), K, V, BK, BV)
-        slope = dot(gradient.to(matrix.dtype), matrix.T, None, PRECISION)
-    else:
-        slope = tl.zeros((BT, BK), tl.float32)
-        for start in tl.static_range(0, BV, BC):
-            value = start + tl.arange(0, BC)
-            # [BK, BC]
-            matrix = load_state(states, state, element, value, K, V, BK, BV)
-            # [BT, BC]
-            block = load_clamped(do, strides, b, h, first, T, value, V, BT, BV)
-            slope = dot(block.to(matrix.dtype), matrix.T, slope, PRECISION)
-    return slope
+    at = (b * H + h) * T + first + tl.arange(0, BT)
+    pull = tl.load(pulls + at, mask=real, other=0.0)[:, None]
+    share = tl.load(shares + at, mask=real, other=0.0)[:, None]
+    slope = matrix_slope(
+        gradient, do, states, do_strides, b, h, state, first, T, K, V, BT, BK, BV, BC, PRECISION
+    )
+    # [BT, BK]
+    x = load_clamped(q, q_strides, b, h, first, T, element, K, BT, BK).to(tl.float32)
+    # [BK]
+    z = tl.load(norms + state * K + element, mask=element < K, other=0.0)
+    slope = (slope - pull * z[None, :]) * share * tl.exp2(tl.minimum(x * (a * LOG2E) + o * LOG2E, 0.0))
+    if scale is not None:
+        tl.store(dfeature + program * 2, tl.sum(slope * x))
+        tl.store(dfeature + program * 2 + 1, tl.sum(slope))
+    held = (first + tl.arange(0, BT) < end)[:, None] & (element < K)[None, :]
+    # Other threads' part of the queries may still be on its way from there.
+    tl.debug_barrier()
+    tl.store(base + element[None, :], cast(slope * a, q.dtype.element_ty), mask=held)
 
 
 def query_gradients(
@@ -162,24 +135,21 @@ def query_gradients(
     v: Tensor,
     do: Tensor,
     lse: Tensor,
-    delta: Tensor,
     layout: Attention,
     rope: Rope | None,
     memory: Recall | None,
-    told: Recalled | None,
+    ready: Prepared,
     dq: Tensor,
 ) -> Tensor | None:
     """Write the gradient of q ``[B, H, T, K]`` into ``dq``, which may be where ``rotated`` lies.
 
-    ``rotated`` is q after rotation, ``k`` are rotated keys, ``told`` comes from the recall's gradient.
+    ``rotated`` is q after rotation, ``k`` are rotated keys.
     Returns the queries' share ``[2, HKV]`` of the gradients of scale and bias, if there are any.
     """
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
-    sizes = attention_tiles(
-        "_infini_attention_backward_queries_kernel", q.device, max(bk, bv), q.element_size()
-    )
+    sizes = tiles_of("_infini_attention_backward_queries_kernel", q.device, max(bk, bv), q.element_size())
     tiles = layout.query_tiles(tokens, sizes["BT"])
     has_feature = memory is not None and memory.scale is not None
     dfeature = (
@@ -190,14 +160,14 @@ def query_gradients(
     (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     recall = memory or NO_MEMORY
-    pull, share = (None, None) if told is None else (told.pull, told.share)
+    columns = TILE_BYTES // (bk * memory_dtype(q.dtype).itemsize)
     _infini_attention_backward_queries_kernel[(batch * heads * tiles,)](
-        q, rotated, keys, values, do, lse, delta, pull, share, dq, dfeature,
+        q, rotated, keys, values, do, lse, ready.delta, ready.pull, ready.share, dq, dfeature,
         cos, sin, recall.states, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], rotated.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
         tiles, key_width**-0.5,
-        K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, 64 if bk <= 64 else 32),
+        K=key_width, V=value_width, BK=bk, BV=bv, BC=min(bv, columns),
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
         PRECISION=precision(q.dtype),
         **sizes,

@@ -19,18 +19,24 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, cast, dot, features, padded, precision
-from newllm.kernels.tiles import attention_tiles
+from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padded, precision
+from newllm.kernels.rotate import ROWS, Keys
+from newllm.kernels.tiles import tiles_of
+
+# Powers of two within this and its inverse, their sums and the values they weigh stay in float32's range.
+SAFE = tl.constexpr(90.0)
+# Of a memory's matrix in a step.
+TILE_BYTES = 65536
 
 
 @triton.jit
 def _infini_attention_forward_kernel(
-    q, k, v, out, lse, cos, sin, states, norms, gate, scale, bias, position, length,
+    q, keys, v, out, lse, squares, cos, sin, states, norms, gate, scale, bias, position, length,
     q_strides, k_strides, v_strides, rope_strides,
     H, HKV, T, P, S, W, N, tiles, softmax_scale, eps,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PARTS: tl.constexpr, LOCAL: tl.constexpr, SEGMENTED: tl.constexpr,
-    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
@@ -42,37 +48,31 @@ def _infini_attention_forward_kernel(
     if LOCAL:
         floor = tl.maximum(floor, border + P)
 
-    key_element, value_element = elements(0, 1, K, BK), tl.arange(0, BV)
+    value_element = tl.arange(0, BV)
     # [BT, BK]
     if cos is None:
-        queries = load_clamped(q, q_strides, b, h, first, T, key_element, K, BT, BK)
+        queries = load_clamped(q, q_strides, b, h, first, T, elements(0, 1, K, BK), K, BT, BK)
     else:
         rotated = load_rotated(q, cos, sin, q_strides, rope_strides, b, h, first, T, K, BT, BK)
         queries = cast(rotated, out.dtype.element_ty)
 
-    highest = tl.full((BT,), -1e30, tl.float32)
-    total = tl.zeros((BT,), tl.float32)
-    acc = tl.zeros((BT, BV), tl.float32)
     last = tl.minimum(first + BT, tl.minimum(end, count))
     stop = tl.where(first < last, last + P, 0)
     low = tl.maximum(floor, first + P - W + 1)
     full = tl.maximum(floor, first + BT + P - W)
     factor = softmax_scale * LOG2E
-    for start in tl.range(low // BS * BS, stop, BS):
-        # [BS, BK]
-        keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
-        scores = dot(queries, keys.T, None, PRECISION)
-        if (start < full) | (start + BS > first + P + 1):
-            scores = hide(scores, row + P, start + tl.arange(0, BS), floor, W, float("-inf"))
-        peak = tl.maximum(highest, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - peak[:, None])
-        decay = tl.exp2(highest - peak)
-        total = total * decay + tl.sum(weights, 1)
-        highest = peak
-        # [BS, BV]
-        values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
-        acc = dot(cast(weights, values.dtype), values, acc * decay[:, None], PRECISION)
-
+    longest = _longest_key(squares + (b * HKV + hkv) * tl.cdiv(T + P, ROWS), low, stop, ROWS)
+    own = queries.to(tl.float32)
+    if tl.max(tl.sum(own * own, 1)) * longest * factor * factor < SAFE * SAFE:
+        highest, total, acc = _attend_window(
+            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor,
+            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, True, PRECISION,
+        )  # fmt: skip
+    else:
+        highest, total, acc = _attend_window(
+            queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor,
+            T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, False, PRECISION,
+        )  # fmt: skip
     real = row < tl.minimum(end, count)
     base = head * T + first
     level: tl.constexpr = lse.dtype.element_ty
@@ -92,12 +92,64 @@ def _infini_attention_forward_kernel(
 
 
 @triton.jit
+def _longest_key(squares, low, stop, ROWS: tl.constexpr):
+    """The largest squared length of the keys in slots ``low`` .. ``stop - 1``, and some beside them."""
+    longest = tl.zeros((16,), tl.float32)
+    end = tl.cdiv(stop, ROWS)
+    for start in tl.range(low // ROWS, end, 16):
+        tile = start + tl.arange(0, 16)
+        # [16]
+        longest = tl.maximum(longest, tl.load(squares + tile, mask=tile < end, other=0.0))
+    return tl.max(longest)
+
+
+@triton.jit
+def _attend_window(
+    queries, k, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor, factor, T, P, W,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The softmax's largest exponent, the sum of its weights and the values they weigh, for a query tile.
+
+    ``BOUNDED`` exponents need no largest one taken off; then nothing waits for it, nor for the sums.
+    """
+    key_element, value_element = elements(0, 1, K, BK), tl.arange(0, BV)
+    highest = tl.full((BT,), 0.0 if BOUNDED else -1e30, tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    sums = tl.zeros((BT, 8), tl.float32)
+    acc = tl.zeros((BT, BV), tl.float32)
+    for start in tl.range(low // BS * BS, stop, BS):
+        # [BS, BK]
+        keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
+        scores = dot(queries, keys.T, None, PRECISION)
+        if (start < full) | (start + BS > first + P + 1):
+            scores = hide(scores, row + P, start + tl.arange(0, BS), floor, W, float("-inf"))
+        if BOUNDED:
+            weights = tl.exp2(scores * factor)
+            # Neighbours of a row lie in different threads, elements eight apart in one.
+            sums += tl.sum(weights.reshape(BT, BS // 8, 8), 1)
+        else:
+            peak = tl.maximum(highest, tl.max(scores, 1) * factor)
+            weights = tl.exp2(scores * factor - peak[:, None])
+            decay = tl.exp2(highest - peak)
+            total = total * decay + tl.sum(weights, 1)
+            acc *= decay[:, None]
+            highest = peak
+        # [BS, BV]
+        values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
+        acc = dot(cast(weights, values.dtype), values, acc, PRECISION)
+    if BOUNDED:
+        total = tl.sum(sums, 1)
+    return highest, total, acc
+
+
+@triton.jit
 def _add_recalled(
     acc, share, q, states, norms, scale, bias, q_strides, b, h, hkv, state, first, T, eps,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + share A_mem`` of a query tile, in one or two parts of the features."""
+    """``acc + share A_mem`` of a query tile, in PARTS of the features."""
     a, o = 1.0, 0.0
     if scale is not None:
         a, o = tl.load(scale + hkv), tl.load(bias + hkv)
@@ -122,39 +174,40 @@ def _add_recalled(
 
 def attend(
     q: Tensor,
-    k: Tensor,
+    keys: Keys,
     v: Tensor,
     layout: Attention,
     rope: Rope | None,
     memory: Recall | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q ``[B, H, T, K]`` to rotated keys ``k [B, HKV, P + T, K]`` and values, and the memory.
+    """Attention of q ``[B, H, T, K]`` to rotated keys ``[B, HKV, P + T, K]`` and values, and the memory.
 
     Returns out ``[B, H, T, V]`` in q's dtype and the softmax's log2-sum-exp2 ``[B, H, T]``.
     """
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    q, v, k = rows_contiguous(q), rows_contiguous(v), keys.rotated
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
-    sizes = attention_tiles("_infini_attention_forward_kernel", q.device, max(bk, bv), q.element_size())
+    sizes = tiles_of("_infini_attention_forward_kernel", q.device, max(bk, bv), q.element_size())
     out = q.new_empty(batch, heads, tokens, value_width)
     # A rounded sum would be the largest error of the backward pass of float32.
     lse = q.new_empty(
         batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32
     )
     tiles = layout.query_tiles(tokens, sizes["BT"])
-    (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
+    (key_tiles, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
+    parts = max(-(-bk // 128), bk * bv * memory_dtype(q.dtype).itemsize // TILE_BYTES)
     recall = memory or NO_MEMORY
     _infini_attention_forward_kernel[(batch * heads * tiles,)](
-        q, keys, values, out, lse, cos, sin, recall.states, recall.norms, recall.gate,
+        q, key_tiles, values, out, lse, keys.squares, cos, sin, recall.states, recall.norms, recall.gate,
         recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
         tiles, key_width**-0.5, recall.eps,
-        K=key_width, V=value_width, BK=bk, BV=bv, PARTS=1 if bk <= 128 else 2,
+        K=key_width, V=value_width, BK=bk, BV=bv, PARTS=parts,
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, K_TMA=k_tma, V_TMA=v_tma,
-        PRECISION=precision(q.dtype),
+        ROWS=ROWS, PRECISION=precision(q.dtype),
         **sizes,
     )  # fmt: skip
     return out, lse

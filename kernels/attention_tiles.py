@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from newllm.kernels.common import INTERPRETED
+from newllm.kernels.common import INTERPRETED, dot
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -42,17 +42,19 @@ def wide(x):
 
 @triton.jit
 def elements(part: tl.constexpr, parts: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """The elements of a row of D in one of the ``parts`` (1 or 2) of a tile BD wide; D stands for none.
+    """The elements of a row of D in one of the ``parts`` (1, 2, 4) of a tile BD wide; D stands for none.
 
     Each half of a row has half of the tile, so that rotation pairs a column with the one BD/2 further.
     """
     HALF: tl.constexpr = (D + 1) // 2
-    column = tl.arange(0, BD // parts)
+    WIDTH: tl.constexpr = BD // parts
+    column = tl.arange(0, WIDTH)
     if D == BD:
         # Plainly consecutive, which wide loads depend on.
-        element = column + part * HALF
-    elif parts == 2:
-        element = tl.where(column < HALF, column + part * HALF, D)
+        element = column + part * WIDTH
+    elif parts > 1:
+        column += part * WIDTH % (BD // 2)
+        element = tl.where(column < HALF, column + part * 2 // parts * HALF, D)
     else:
         right = column - BD // 2
         element = tl.where(right < 0, tl.where(column < HALF, column, D), right + HALF)
@@ -116,6 +118,30 @@ def load_state(
 
 
 @triton.jit
+def matrix_slope(
+    gradient, do, states, strides, b, h, state, first, T,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do M^T in blocks of BC values: [BT, BK]."""
+    element = elements(0, 1, K, BK)
+    if BC == BV:
+        # [BK, BV]
+        matrix = load_state(states, state, element, tl.arange(0, BV), K, V, BK, BV)
+        slope = dot(gradient.to(matrix.dtype), matrix.T, None, PRECISION)
+    else:
+        slope = tl.zeros((BT, BK), tl.float32)
+        for start in tl.static_range(0, BV, BC):
+            value = start + tl.arange(0, BC)
+            # [BK, BC]
+            matrix = load_state(states, state, element, value, K, V, BK, BV)
+            # [BT, BC]
+            block = load_clamped(do, strides, b, h, first, T, value, V, BT, BV)
+            slope = dot(block.to(matrix.dtype), matrix.T, slope, PRECISION)
+    return slope
+
+
+@triton.jit
 def load_rotated(
     x, cos, sin, strides, rope_strides, b, h, start, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +185,7 @@ def query_tile(tile, position, T, length, S, N, BT: tl.constexpr, SEGMENTED: tl.
     Tiles start at the row's segment borders, so that none spans two segments.
     """
     if SEGMENTED:
-        tiles = tl.cdiv(S, BT)
+        tiles = tl.cdiv(tl.minimum(S, T), BT)
         segment = tile // tiles
         border = segment * S - position % S
         first = tl.maximum(border, 0) + (tile % tiles) * BT

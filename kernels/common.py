@@ -1,9 +1,12 @@
 """What the kernels share: matrix products, the feature map, rotation."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -15,13 +18,28 @@ def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
     if INTERPRETED:
         # The interpreter's own product of bfloat16 is wrong.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    if acc is None:
-        product = tl.dot(a, b, input_precision=PRECISION)
-    elif PRECISION == "ieee" and a.dtype == tl.float32:
+    if PRECISION == "ieee" and a.dtype == tl.float32:
         # A sum of short sums, whose rounding does not grow with the number of steps.
-        product = acc + tl.dot(a, b, input_precision=PRECISION)
+        product = _short_sums(a, b, 32 if INTERPRETED else a.shape[1])
+        if acc is not None:
+            product += acc
+    elif acc is None:
+        product = tl.dot(a, b, input_precision=PRECISION)
     else:
         product = tl.dot(a, b, acc, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _short_sums(a, b, TERMS: tl.constexpr):
+    """``a @ b`` whose TERMS products are added as a tree of sums of 32: a device adds them one by one."""
+    if TERMS > 32:
+        even, odd = a.reshape(a.shape[0], TERMS // 2, 2).split()
+        b_even, b_odd = tl.trans(b).reshape(b.shape[1], TERMS // 2, 2).split()
+        product = _short_sums(even, tl.trans(b_even), TERMS // 2)
+        product += _short_sums(odd, tl.trans(b_odd), TERMS // 2)
+    else:
+        product = tl.dot(a, b, input_precision="ieee")
     return product
 
 
@@ -33,6 +51,14 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Let the next kernel start its programs, then wait for all that the previous ones write."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -61,6 +87,12 @@ def precision(dtype: torch.dtype) -> str:
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
     """What memory matrices are multiplied in: float32 for float16 inputs, whose range sums would leave."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def product_types(dtype: torch.dtype) -> dict[str, Any]:
+    """What features are multiplied with memory matrices in, for inputs of ``dtype``, and how."""
+    wide = memory_dtype(dtype) == torch.float32
+    return {"DTYPE": tl.float32 if wide else tl.bfloat16, "PRECISION": precision(dtype)}
 
 
 def padded(width: int) -> int:

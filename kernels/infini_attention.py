@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from newllm.kernels.attention_backward_keys import key_gradients
+from newllm.kernels.attention_backward_prepare import Prepared, prepare
 from newllm.kernels.attention_backward_queries import query_gradients
-from newllm.kernels.attention_backward_recall import Recalled, delta_of, recall_gradients
+from newllm.kernels.attention_backward_recall import recall_gradients
 from newllm.kernels.attention_forward import attend
 from newllm.kernels.attention_layout import Attention, Recall, Rope, learned
 from newllm.kernels.attention_tiles import rows_contiguous
@@ -16,7 +17,7 @@ from newllm.kernels.memory import Correction, Outgoing, weight_gradient, write, 
 from newllm.kernels.memory_fold_backward import fold_backward
 from newllm.kernels.memory_layout import Layout
 from newllm.kernels.memory_scan import Chain
-from newllm.kernels.rotate import rotated
+from newllm.kernels.rotate import measured_keys, rotated
 
 
 class Call(Protocol):
@@ -95,14 +96,14 @@ def forward(x: Inputs, call: Call) -> tuple[Tensor, Tensor, Chain | None]:
     """One layer over T new tokens: the output, its log-sum-exp and what the memory became."""
     layout = x.attention(call)
     if x.beta is None:
-        return *attend(x.q, rotated(x.k, x.rope), x.v, layout, x.rope), None
+        return *attend(x.q, measured_keys(x.k, x.rope), x.v, layout, x.rope), None
     scale, bias = learned(x.scale, x.bias)
     written = write(
         *x.new(), x.memory(call), scale, bias, matrix=x.matrix, norm=x.norm, weight=x.weight,
         delta=_correction(call), states=memory_dtype(x.q.dtype),
     )  # fmt: skip
     recall = Recall(written.before, written.norms, _share(x.beta, call.gate), scale, bias, call.eps)
-    return *attend(x.q, rotated(x.k, x.rope), x.v, layout, x.rope, recall), written
+    return *attend(x.q, measured_keys(x.k, x.rope), x.v, layout, x.rope, recall), written
 
 
 def backward(
@@ -111,27 +112,28 @@ def backward(
     """Gradients from those of the output and of the memory after the call."""
     layout = x.attention(call)
     q, k, v, do = (rows_contiguous(each) for each in (x.q, x.k, x.v, do))
-    # They lie where their gradient will be written: each tile of it is read last by its own program.
+    # Rotated queries lie where their gradient will be written: each tile is read last by its own program.
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    queries, keys = rotated(q, x.rope, dq), rotated(k, x.rope)
+    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     if x.beta is None:
-        delta = delta_of(saved.out, do)
-        dk, dv = key_gradients(queries, keys, v, do, saved.lse, delta, layout)
+        ready = prepare(q, v, saved.out, do, layout, x.rope, None, dq)
+        dk, dv = key_gradients(queries, keys, v, do, saved.lse, ready.delta, layout)
         rotated(dk, x.rope, dk, back=True)
-        query_gradients(q, queries, keys, v, do, saved.lse, delta, layout, x.rope, None, None, dq)
+        query_gradients(q, queries, keys, v, do, saved.lse, layout, x.rope, None, ready, dq)
         return Slopes(dq, dk, dv)
     scale, bias = learned(x.scale, x.bias)
     share = _share(x.beta, call.gate)
     recall = Recall(saved.before, saved.norms, share, scale, bias, call.eps)
-    told = recall_gradients(q, saved.out, do, layout, recall)
+    ready = prepare(q, v, saved.out, do, layout, x.rope, recall, dq)
+    states, norms = recall_gradients(q, do, ready, layout, recall)
     # Weights that carry the window's share of the output; finite where it has none.
     local = (1 - share).clamp(min=torch.finfo(torch.float32).tiny)
     level = saved.lse - local.to(saved.lse.dtype).log2()[:, None]
-    dk, dv = key_gradients(queries, keys, v, do, level, told.delta, layout)
+    dk, dv = key_gradients(queries, keys, v, do, level, ready.delta, layout)
     rotated(dk, x.rope, dk, back=True)
-    asked = query_gradients(q, queries, keys, v, do, level, told.delta, layout, x.rope, recall, told, dq)
-    slopes = Slopes(dq, dk, dv, _gate_slope(share, call.gate, told))
-    return _through_memory(x, call, saved, Outgoing(told.states, told.norms, dmatrix, dnorm), asked, slopes)
+    asked = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
+    slopes = Slopes(dq, dk, dv, _gate_slope(share, call.gate, ready))
+    return _through_memory(x, call, saved, Outgoing(states, norms, dmatrix, dnorm), asked, slopes)
 
 
 def _through_memory(
@@ -180,7 +182,8 @@ def _share(beta: Tensor, gate: str) -> Tensor:
     return beta.float().sigmoid() if gate == "sigmoid" else beta.float().tanh()
 
 
-def _gate_slope(share: Tensor, gate: str, told: Recalled) -> Tensor:
+def _gate_slope(share: Tensor, gate: str, ready: Prepared) -> Tensor:
     """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g."""
+    assert ready.answers is not None and ready.wholes is not None
     slope = share if gate == "sigmoid" else 1 + share
-    return slope * (told.answers - told.wholes)
+    return slope * (ready.answers - ready.wholes)

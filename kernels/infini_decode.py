@@ -11,21 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from newllm.kernels.common import LOG2E, dot, features, padded
-from newllm.kernels.tiles import Tiles, tiles_of
+from newllm.kernels.common import LOG2E, dot, features, padded, wait_for_previous_kernel
+from newllm.kernels.tiles import dependent_launch, tiles_of
 
 # Most of a split's keys or values: more would not fit the registers.
 TILE_BYTES = 16384
-
-
-@triton.jit
-def _wait_for_previous_kernel(PDL: tl.constexpr):
-    """Let the next kernel start its programs, then wait for all that the previous ones write."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -196,7 +187,7 @@ def _infini_decode_split_kernel(
 ):  # fmt: skip
     """A program for each split and each block of memory columns of each row and key/value head."""
     PARTS: tl.constexpr = SPLITS if matrix is None else SPLITS + (V + BM - 1) // BM
-    _wait_for_previous_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     # Divided in int32, where it is quicker: no grid has more programs than that.
     part, group = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
     b, h, group = (group // HKV).to(tl.int64), (group % HKV).to(tl.int64), group.to(tl.int64)
@@ -255,7 +246,7 @@ def _infini_decode_combine_kernel(
     PDL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program for each row and query head."""
-    _wait_for_previous_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row = b * H + h
     live = tl.load(active + b * active_b) != 0 if active is not None else row >= 0
@@ -331,7 +322,7 @@ def infini_decode(
     vectors = (beta, feature_scale, feature_bias)
     beta, feature_scale, feature_bias = (x if x is None else x.contiguous() for x in vectors)
     width = max(padded(key), padded(value))
-    tiles = _tiles("_infini_decode_split_kernel", q.device)
+    tiles = dict(tiles_of("_infini_decode_split_kernel", q.device, width, q.element_size()))
     tiles["BT"] = min(tiles["BT"], padded(ring), max(16, TILE_BYTES // (width * q.element_size())))
     tiles["BM"] = min(tiles["BM"], padded(value))
     splits = triton.cdiv(ring, tiles["BT"])
@@ -351,21 +342,17 @@ def infini_decode(
         kv_heads, 0 if cos is None else cos.shape[-2], key**-0.5 * LOG2E.value, eps,
         G=group, K=key, V=value, R=ring, S=segment, SPLITS=splits, LOCAL=local, DELTA=delta,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
-        BG=padded(group), BH=padded((key + 1) // 2), BK=padded(key), BV=padded(value), **tiles,
+        BG=padded(group), BH=padded((key + 1) // 2), BK=padded(key), BV=padded(value),
+        **tiles, **dependent_launch(q.device),
     )  # fmt: skip
     _infini_decode_combine_kernel[(batch * heads,)](
         partial, lse, recalled, after, beta, norm, position, active, out,
         *_strides(norm, 2), *_strides(position, 1), *_strides(active, 1), heads,
         G=group, K=key, V=value, SPLITS=splits, TANH=tanh, BK=padded(key), BV=padded(value),
-        **_tiles("_infini_decode_combine_kernel", q.device),
+        **tiles_of("_infini_decode_combine_kernel", q.device, width, q.element_size()),
+        **dependent_launch(q.device),
     )  # fmt: skip
     return out
-
-
-def _tiles(kernel: str, device: torch.device) -> Tiles:
-    tiles = tiles_of(kernel, device)
-    # Elsewhere, and in the interpreter, the option does not exist.
-    return {**tiles, "launch_pdl": 1} if tiles["PDL"] else {**tiles}
 
 
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:

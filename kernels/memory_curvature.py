@@ -15,12 +15,13 @@ from newllm.kernels.memory_layout import (
     contiguous,
     load_matrix,
     load_tokens,
+    memory_tiles,
     past_tokens,
     segment_bounds,
     store_matrix,
     unit_stride,
 )
-from newllm.kernels.memory_tiles import CHUNK, memory_tiles
+from newllm.kernels.tiles import CHUNK
 
 
 @triton.jit

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, memory_dtype, padded, precision
+from newllm.kernels.common import cast, dot, features, padded, precision
 from newllm.kernels.memory_layout import (
     Layout,
     contiguous,
     load_tokens,
+    memory_tiles,
     past_tokens,
     segment_bounds,
     store_matrix,
     unit_stride,
 )
-from newllm.kernels.memory_tiles import memory_tiles
-
-
-def product_types(dtype: torch.dtype) -> dict[str, Any]:
-    """What features are multiplied with memory matrices in, for inputs of ``dtype``, and how."""
-    wide = memory_dtype(dtype) == torch.float32
-    return {"DTYPE": tl.float32 if wide else tl.bfloat16, "PRECISION": precision(dtype)}
 
 
 def state_precision(dtype: torch.dtype) -> str:

@@ -9,19 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded
-from newllm.kernels.memory_fold import product_types, state_precision
+from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded, product_types
+from newllm.kernels.memory_fold import state_precision
 from newllm.kernels.memory_layout import (
     Layout,
     contiguous,
     load_matrix,
     load_tokens,
+    memory_tiles,
     past_tokens,
     segment_bounds,
     store_tokens,
     unit_stride,
 )
-from newllm.kernels.memory_tiles import CHUNK, memory_tiles
+from newllm.kernels.tiles import CHUNK
 
 
 class Gradients(NamedTuple):

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast
+from newllm.kernels.common import cast, padded
+from newllm.kernels.tiles import PROGRAMS, Tiles, tiles_of
 
 
 class Layout(NamedTuple):
@@ -59,6 +60,18 @@ def past_tokens(layout: Layout) -> tuple[Tensor | None, Tensor | None, int]:
     if layout.position is None or layout.past_k is None or layout.past_k.shape[2] == 0:
         return None, None, 0
     return layout.past_k.contiguous(), contiguous(layout.past_v), layout.past_k.shape[2]
+
+
+def memory_tiles(kernel: str, device: torch.device, dtype: torch.dtype, *, width: int, columns: int) -> Tiles:
+    """Tiles of ``kernel`` for rows of ``width`` elements; BV no more than ``columns`` need."""
+    sizes = tiles_of(kernel, device, width, dtype.itemsize)
+    return {**sizes, "BV": min(sizes["BV"], padded(columns))}
+
+
+def even_chunk(tokens: int, heads: int) -> int:
+    """Tokens of a part when ``tokens`` of each of ``heads`` are cut into parts that fill the device."""
+    parts = max(1, PROGRAMS // heads)
+    return -(-tokens // (64 * parts)) * 64
 
 
 @triton.jit

@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded
-from newllm.kernels.memory_fold import product_types
+from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded, product_types
 from newllm.kernels.memory_layout import (
     contiguous,
+    even_chunk,
     load_matrix,
     load_tokens,
+    memory_tiles,
     store_matrix,
     store_tokens,
     unit_stride,
 )
-from newllm.kernels.memory_tiles import even_chunk, memory_tiles
 
 
 class Retrieved(NamedTuple):

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, padded
+from newllm.kernels.common import cast, dot, padded, wait_for_previous_kernel
 from newllm.kernels.memory_fold import state_precision
-from newllm.kernels.memory_layout import contiguous, load_matrix, store_matrix
-from newllm.kernels.memory_tiles import ELEMENTS, memory_tiles
+from newllm.kernels.memory_layout import contiguous, load_matrix, memory_tiles, store_matrix
+from newllm.kernels.tiles import ELEMENTS, dependent_launch
 
 
 class Chain(NamedTuple):
@@ -53,9 +53,10 @@ def _carry(
 @triton.jit
 def _memory_scan_linear_kernel(
     added, initial, before, last, added_norm, initial_norm, before_norm, last_norm, weight, HKV, N, E, K,
-    REVERSE: tl.constexpr, DOUBLE: tl.constexpr, BE: tl.constexpr,
+    REVERSE: tl.constexpr, DOUBLE: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """One program carries BE elements of a head's matrix, or of its norm, through all segments."""
+    wait_for_previous_kernel(PDL)
     matrix_parts = tl.cdiv(E, BE)
     parts = matrix_parts + tl.cdiv(K, BE)
     pid = tl.program_id(0).to(tl.int64)
@@ -137,7 +138,7 @@ def _linear(
     _memory_scan_linear_kernel[(batch * heads * parts,)](
         given[0], given[1], chain.before, chain.matrix, given[2], given[3], chain.norms, chain.norm,
         contiguous(weight), heads, count, width * columns, width,
-        REVERSE=reverse, DOUBLE=double, BE=ELEMENTS, num_warps=4,
+        REVERSE=reverse, DOUBLE=double, BE=ELEMENTS, num_warps=4, **dependent_launch(device),
     )  # fmt: skip
     return chain
 

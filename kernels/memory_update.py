@@ -9,9 +9,8 @@ from newllm.kernels.memory import Correction
 from newllm.kernels.memory_curvature import curvature, norm_gradients
 from newllm.kernels.memory_fold import fold, fold_correction
 from newllm.kernels.memory_fold_backward import Gradients, TokenGradients, fold_backward
-from newllm.kernels.memory_layout import Layout, contiguous
+from newllm.kernels.memory_layout import Layout, contiguous, even_chunk
 from newllm.kernels.memory_scan import scan, scan_delta
-from newllm.kernels.memory_tiles import even_chunk
 
 
 def update(

@@ -1,110 +1,196 @@
-"""Tile sizes by kernel and architecture: plain data, nothing is tuned while a program runs."""
+"""Tile sizes and launch options of every kernel, by architecture: data, nothing is tuned at run time."""
 
 import torch
 
 Tiles = dict[str, int]
-# (widest row in elements, bytes of an element) -> tiles.
+# (widest row in elements, bytes of an element) -> tiles; by compute capability, or "default".
 ByWidth = dict[tuple[int, int], Tiles]
+ByDevice = dict[tuple[int, int] | str, ByWidth]
 
 
-def _tile(rows: int, columns: int, warps: int, stages: int) -> Tiles:
-    return {"BT": rows, "BS": columns, "num_warps": warps, "num_stages": stages}
+def _attention(rows: int, columns: int, warps: int, stages: int, registers: int | None = None) -> Tiles:
+    """BT queries by BS keys a step, and at most so many registers a thread."""
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"BT": rows, "BS": columns, "num_warps": warps, "num_stages": stages, **limit}
 
 
-# BT queries by BS keys a step. "default" fits into 99 KB of shared memory.
-ATTENTION: dict[str, dict[tuple[int, int] | str, ByWidth]] = {
+def _memory(tokens: int, columns: int, warps: int, stages: int) -> Tiles:
+    """BT tokens a step, BV columns of a matrix a program."""
+    return {"BT": tokens, "BV": columns, "num_warps": warps, "num_stages": stages}
+
+
+def _any_width(**tiles: int) -> ByWidth:
+    return {(256, 2): tiles, (256, 4): tiles}
+
+
+# "default" fits into 99 KB of shared memory.
+_ATTENTION: dict[str, ByDevice] = {
     "_infini_attention_forward_kernel": {
         (9, 0): {
-            (64, 2): _tile(64, 64, 4, 2),
-            (128, 2): _tile(64, 64, 4, 3),
-            (256, 2): _tile(64, 32, 8, 2),
-            (128, 4): _tile(32, 32, 4, 2),
-            (256, 4): _tile(16, 32, 4, 1),
+            (64, 2): _attention(64, 64, 4, 3),
+            (128, 2): _attention(64, 64, 4, 3),
+            (256, 2): _attention(64, 32, 8, 2),
+            (128, 4): _attention(32, 32, 4, 2),
+            (256, 4): _attention(16, 32, 4, 1),
         },
         "default": {
-            (128, 2): _tile(64, 64, 4, 2),
-            (256, 2): _tile(64, 32, 8, 1),
-            (128, 4): _tile(32, 32, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (128, 2): _attention(64, 64, 4, 2),
+            (256, 2): _attention(64, 32, 8, 1),
+            (128, 4): _attention(32, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
     },
     "_infini_attention_backward_keys_kernel": {
         (9, 0): {
-            (64, 2): _tile(64, 64, 4, 2),
-            (128, 2): _tile(64, 64, 4, 2),
-            (256, 2): _tile(32, 64, 8, 1),
-            (128, 4): _tile(32, 32, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (64, 2): _attention(64, 64, 4, 2),
+            (128, 2): _attention(64, 64, 4, 2),
+            (256, 2): _attention(32, 64, 8, 1),
+            (128, 4): _attention(32, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
         "default": {
-            (64, 2): _tile(64, 64, 4, 1),
-            (128, 2): _tile(32, 64, 4, 1),
-            (256, 2): _tile(16, 32, 4, 1),
-            (128, 4): _tile(16, 32, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (64, 2): _attention(64, 64, 4, 1),
+            (128, 2): _attention(32, 64, 4, 1),
+            (256, 2): _attention(16, 32, 4, 1),
+            (128, 4): _attention(16, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
     },
     "_infini_attention_backward_queries_kernel": {
         (9, 0): {
-            (64, 2): _tile(64, 64, 4, 2),
-            (128, 2): _tile(64, 64, 4, 2),
-            (256, 2): _tile(64, 32, 8, 1),
-            (128, 4): _tile(32, 32, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (64, 2): _attention(64, 64, 4, 2),
+            (128, 2): _attention(64, 64, 4, 2),
+            (256, 2): _attention(64, 32, 8, 1),
+            (128, 4): _attention(32, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
         "default": {
-            (64, 2): _tile(64, 64, 4, 1),
-            (128, 2): _tile(64, 32, 4, 1),
-            (256, 2): _tile(32, 16, 4, 1),
-            (128, 4): _tile(32, 16, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (64, 2): _attention(64, 64, 4, 1),
+            (128, 2): _attention(64, 32, 4, 1),
+            (256, 2): _attention(32, 16, 4, 1),
+            (128, 4): _attention(32, 16, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
     },
     # BT queries by BS columns of the memory's gradient.
-    "_infini_attention_backward_recall_kernel": {
+    "_infini_attention_backward_prepare_kernel": {
         (9, 0): {
-            (64, 2): _tile(64, 64, 4, 2),
-            (128, 2): _tile(64, 128, 8, 1),
-            (256, 2): _tile(32, 64, 8, 1),
-            (128, 4): _tile(16, 64, 4, 1),
-            (256, 4): _tile(16, 32, 4, 1),
+            (64, 2): _attention(64, 64, 4, 1, registers=168),
+            (128, 2): _attention(64, 128, 8, 3, registers=128),
+            (256, 2): _attention(32, 64, 8, 1),
+            (128, 4): _attention(16, 64, 4, 1),
+            (256, 4): _attention(16, 32, 4, 1),
         },
         "default": {
-            (64, 2): _tile(32, 64, 4, 1),
-            (128, 2): _tile(32, 64, 8, 1),
-            (256, 2): _tile(16, 32, 8, 1),
-            (128, 4): _tile(16, 32, 4, 1),
-            (256, 4): _tile(16, 16, 4, 1),
+            (64, 2): _attention(32, 64, 4, 1),
+            (128, 2): _attention(32, 64, 4, 1),
+            (256, 2): _attention(16, 32, 8, 1),
+            (128, 4): _attention(16, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
+        },
+    },
+    "_infini_attention_backward_recall_kernel": {
+        (9, 0): {
+            (64, 2): _attention(64, 64, 4, 3),
+            (128, 2): _attention(32, 128, 4, 3),
+            (256, 2): _attention(32, 64, 8, 1),
+            (128, 4): _attention(16, 64, 4, 1),
+            (256, 4): _attention(16, 32, 4, 1),
+        },
+        "default": {
+            (64, 2): _attention(32, 64, 4, 1),
+            (128, 2): _attention(32, 64, 8, 1),
+            (256, 2): _attention(16, 32, 8, 1),
+            (128, 4): _attention(16, 32, 4, 1),
+            (256, 4): _attention(16, 16, 4, 1),
         },
     },
 }
 
-TILES: dict[str, dict[tuple[int, int] | str, Tiles]] = {
-    # BT ring slots or BM columns of the memory a program, BS tokens of a segment at once; PDL: programmatic
-    # dependent launch, which overlaps a kernel's start with the end of the one before.
-    "_infini_decode_split_kernel": {
-        (9, 0): {"BT": 64, "BM": 32, "BS": 32, "PDL": 1, "num_warps": 4, "num_stages": 1},
-        "default": {"BT": 64, "BM": 32, "BS": 32, "PDL": 0, "num_warps": 4, "num_stages": 1},
+_FOLD: ByDevice = {
+    (9, 0): {
+        (64, 2): _memory(64, 64, 4, 4),
+        (128, 2): _memory(32, 128, 4, 4),
+        (256, 2): _memory(32, 64, 8, 3),
+        (64, 4): _memory(32, 64, 4, 3),
+        (128, 4): _memory(32, 64, 8, 2),
+        (256, 4): _memory(16, 32, 8, 2),
     },
-    # BN splits at once.
-    "_infini_decode_combine_kernel": {
-        (9, 0): {"BN": 16, "PDL": 1, "num_warps": 1},
-        "default": {"BN": 16, "PDL": 0, "num_warps": 8},
+    "default": {
+        (128, 2): _memory(64, 64, 4, 2),
+        (256, 2): _memory(32, 64, 8, 2),
+        (128, 4): _memory(32, 64, 8, 1),
+        (256, 4): _memory(16, 32, 8, 1),
+    },
+}
+_BACKWARD: ByDevice = {
+    (9, 0): {
+        (64, 2): _memory(64, 64, 4, 2),
+        (128, 2): _memory(64, 128, 8, 2),
+        (256, 2): _memory(32, 64, 8, 1),
+        (128, 4): _memory(16, 64, 8, 1),
+        (256, 4): _memory(16, 16, 8, 1),
+    },
+    "default": {
+        (128, 2): _memory(32, 64, 4, 1),
+        (256, 2): _memory(16, 32, 8, 1),
+        (128, 4): _memory(16, 32, 8, 1),
+        (256, 4): _memory(16, 16, 8, 1),
+    },
+}
+# BV columns of a matrix a program, BT of the correction's a step, for keys of so many bytes.
+_DELTA: ByDevice = {
+    (9, 0): {
+        (128, 2): _memory(128, 16, 4, 3),
+        (256, 2): _memory(32, 16, 8, 2),
+        (128, 4): _memory(32, 16, 8, 2),
+        (256, 4): _memory(16, 16, 8, 2),
+    },
+    "default": {
+        (128, 2): _memory(32, 16, 4, 2),
+        (256, 2): _memory(32, 16, 8, 2),
+        (128, 4): _memory(32, 16, 8, 2),
+        (256, 4): _memory(16, 16, 8, 2),
     },
 }
 
+TILES: dict[str, ByDevice] = {
+    **_ATTENTION,
+    "_memory_fold_forward_kernel": _FOLD,
+    "_memory_fold_forward_correction_kernel": _FOLD,
+    "_memory_fold_backward_kernel": {
+        **_BACKWARD,
+        (9, 0): {**_BACKWARD[9, 0], (128, 2): _memory(32, 128, 4, 3)},
+    },
+    "_memory_fold_backward_norm_kernel": _BACKWARD,
+    "_memory_retrieve_forward_kernel": _BACKWARD,
+    "_memory_retrieve_backward_queries_kernel": _BACKWARD,
+    "_memory_retrieve_backward_memory_kernel": _FOLD,
+    "_memory_scan_delta_kernel": _DELTA,
+    "_memory_scan_backward_step_kernel": _DELTA,
+    # BT ring slots or BM columns of the memory a program, BS tokens of a segment at once.
+    "_infini_decode_split_kernel": {"default": _any_width(BT=64, BM=32, BS=32, num_warps=4, num_stages=1)},
+    # BN splits at once.
+    "_infini_decode_combine_kernel": {
+        (9, 0): _any_width(BN=16, num_warps=1),
+        "default": _any_width(BN=16, num_warps=8),
+    },
+}
 
-def tiles_of(kernel: str, device: torch.device) -> Tiles:
-    """The tile sizes and launch options of ``kernel`` on ``device``."""
-    table = TILES[kernel]
-    if device.type != "cuda":
-        return table["default"]
-    return table.get(torch.cuda.get_device_capability(device), table["default"])
+# Elements of a program of the linear scan; tokens of a program that loads the matrices of a segment once;
+# programs that fill a device, for calls without segments, which are cut into as many parts as that takes.
+ELEMENTS, CHUNK, PROGRAMS = 512, 512, 128
 
 
-def attention_tiles(kernel: str, device: torch.device, width: int, itemsize: int) -> Tiles:
-    """The same for a kernel of the attention, whose rows are ``width`` elements of ``itemsize`` bytes."""
-    table = ATTENTION[kernel]
+def tiles_of(kernel: str, device: torch.device, width: int, itemsize: int) -> Tiles:
+    """Tiles of ``kernel`` on ``device`` for rows of ``width`` elements of ``itemsize`` bytes."""
+    by_device = TILES[kernel]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else "default"
-    by_width = table.get(capability, table["default"])
+    by_width = by_device.get(capability, by_device["default"])
     return next(by_width[key] for key in sorted(by_width) if key[0] >= width and key[1] == itemsize)
+
+
+def dependent_launch(device: torch.device) -> Tiles:
+    """Options of a kernel that starts while the previous one ends; PDL says whether there is such a thing."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": 1, "launch_pdl": 1} if able else {"PDL": 0}

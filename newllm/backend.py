@@ -7,6 +7,7 @@ wins over :func:`use_backend`, which wins over the automatic choice. A named bac
 from __future__ import annotations
 
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import TracebackType
@@ -17,6 +18,22 @@ import torch
 Backend = Literal["reference", "fused"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+
+def native() -> dict[str, str]:
+    """What ``newllm._C`` says of itself; nothing where the installation has none."""
+    if find_spec("newllm._C") is None:
+        return {}
+    info: dict[str, str] = import_module("newllm._C").build_info()
+    return info
+
+
+def _swept() -> frozenset[str]:
+    """The device types that ``newllm._C`` was compiled for."""
+    info = native()
+    cuda = {"cuda"} if info and not info["cuda"].startswith("absent") else set()
+    return frozenset({"cpu", *cuda}) if info else frozenset()
+
+
 # Operator -> the device types for which it has a fused implementation.
 FUSED: dict[str, frozenset[str]] = {
     "memory_update": frozenset({"cuda"}),
@@ -25,7 +42,7 @@ FUSED: dict[str, frozenset[str]] = {
     "window_attention": frozenset({"cuda"}),
     "infini_attention": frozenset({"cuda"}),
     "infini_decode": frozenset({"cuda"}),
-    "context_sweep": frozenset(),
+    "context_sweep": _swept(),
 }
 
 # A plain global: Dynamo guards it, which it can do neither for a ContextVar nor for a cached function.
@@ -152,10 +169,10 @@ def _explain(op: str, device: torch.device) -> Choice:
 
 
 def _native() -> str:
-    spec = find_spec("newllm._C")
-    if spec is None:
-        return "absent: this installation of newllm was built without a compiled extension"
-    return f"present: {spec.origin}"
+    info = native()
+    if not info:
+        return "absent: no C++ compiler worked when newllm was installed, or it runs from sources as they are"
+    return f"present, by {info['compiler']}; CPU: {info['cpu']}; CUDA: {info['cuda']}"
 
 
 def _describe(device: torch.device) -> str:

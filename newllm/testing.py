@@ -70,6 +70,11 @@ class Draw:
         drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         return drawn.to(self.device, dtype or self.dtype)
 
+    def scaled(self, *names: str) -> Tensor:
+        """Weights whose sums over the last axis stay as small at every size: recurrences must not explode."""
+        weights = self.normal(*names, dtype=torch.float64) * (self.sizes[names[-1]] ** -0.5 / 2)
+        return weights.to(self.dtype)
+
     def mask(self, *names: str) -> Tensor:
         """Bool, about two thirds True, False throughout the last row."""
         real = self.normal(*names, dtype=torch.float64) > -0.4
@@ -263,17 +268,17 @@ def _token(draw: Draw, **options: Any) -> Inputs:
 
 
 def _context(draw: Draw) -> Inputs:
-    weights = draw.normal("layers", "width", "width"), draw.normal("layers", "width", "input")
+    weights = draw.scaled("layers", "width", "width"), draw.scaled("layers", "width", "input")
     vectors = [draw.normal("layers", "width") for _ in range(3)]
-    params = ContextParams(*(w / 4 for w in weights), *vectors)
+    params = ContextParams(*weights, *vectors)
     start = draw.normal("batch", "width", dtype=draw.state_dtype)
     return {"x": draw.normal("batch", "tokens", "input"), "params": params, "state": start}
 
 
 def _gated(draw: Draw) -> Inputs:
-    network = draw.normal("hidden", "input"), draw.normal("hidden", "width"), draw.normal("hidden")
-    deeper = draw.normal("layers", "hidden", "hidden") / 4, draw.normal("layers", "hidden")
-    gates = [draw.normal("width", "hidden") / 4 for _ in range(3)]
+    network = draw.scaled("hidden", "input"), draw.scaled("hidden", "width"), draw.normal("hidden")
+    deeper = draw.scaled("layers", "hidden", "hidden"), draw.normal("layers", "hidden")
+    gates = [draw.scaled("width", "hidden") for _ in range(3)]
     vectors = [draw.normal("width") for _ in range(5)]
     params = GatedParams._make([*network, *deeper, *gates, *vectors, None])
     start = draw.normal("batch", "width", dtype=draw.state_dtype)

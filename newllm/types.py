@@ -115,11 +115,14 @@ class SweepInfo(NamedTuple):
     """How a context sweep was computed.
 
     ``method`` is the one that produced the result ("sequential" where "block" fell back), ``sweeps``
-    the number of passes over the sequence, given-up ones included. ``residual`` is a detached scalar
-    tensor, so reading it is up to the caller: the largest change in the last Jacobi sweep, the largest
-    jump at a chunk border of a block sweep, 0 for the sequential definition.
+    the number of passes over the sequence, given-up ones included. ``residual`` and ``rho`` are detached
+    scalar tensors, so reading them is up to the caller. ``residual`` is the largest change in the last
+    Jacobi sweep, the largest jump at a chunk border of a block sweep, 0 for the sequential definition.
+    ``rho`` estimates by what a token multiplies a small difference between two contexts, NaN where the
+    method does not show it: below 1 the recurrence forgets where it began.
     """
 
     method: Literal["sequential", "block", "jacobi"]
     sweeps: int
     residual: Tensor
+    rho: Tensor

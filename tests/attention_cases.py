@@ -150,6 +150,10 @@ def window(changes: str) -> OpCase:
 
 def judge(case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, **sizes: int) -> None:
     """Hold the fused operator of a case to the error rule."""
+    if dtype == torch.float16:
+        # Beyond this the reference's own sums leave float16's range.
+        most = 10000 // sizes.get("key", 64)
+        sizes |= {name: min(n, most) for name, n in sizes.items() if name in ("tokens", "segment", "before")}
     inputs = case.inputs("changed", dtype, device=device, seed=seed, **sizes)
     function = partial(case.public, backend="fused")
     case.judge(inputs, dtype, function=function, gradients=_has_gradients(inputs, dtype))
@@ -158,9 +162,6 @@ def judge(case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, **siz
 def _has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:
     """Whether the error rule can judge the gradients of a call."""
     state = inputs.get("state")
-    if state is None and inputs["k"].shape[2] == 1:
-        # The only key of a token has no slope: the rule allows nothing beside the exact zero.
-        return False
     if dtype != torch.float16 or inputs.get("beta") is None:
         return True
     # A float16 reference divides by eps where the memory is empty: its gradient overflows.

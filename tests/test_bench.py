@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from source_tree import ROOT
+from torch import Tensor
 
 from newllm.cli import main
 from newllm.measuring import (
@@ -22,6 +23,7 @@ from newllm.measuring import (
     peers,
     session,
     suites,
+    sweeping,
     tables,
 )
 from newllm.measuring.entries import COMPILED, OURS, REFERENCE, Prepared, call_of
@@ -32,7 +34,8 @@ from newllm.measuring.shapes import DECODES, LAYERS
 from newllm.measuring.timing import Clock
 from newllm.measuring.work import BOTH, FORWARD, Ceilings, Work, attention, layer, memory, token, write
 from newllm.reference import infini
-from newllm.testing import CASES, assert_no_worse
+from newllm.reference.context import sequential_sweep
+from newllm.testing import CASES, assert_no_worse, mapped
 from tests.bench_rows import CPU, FIELDS, SITE, TINY, measured, row, shrink
 
 
@@ -138,6 +141,14 @@ def test_rows_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         replace_file(path, interrupted)
     assert [each.ms for each in read_rows(path)] == [1.0]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_loops_compute_the_recurrence() -> None:
+    params = sweeping.sweep_inputs(TINY, SITE.source())
+    expected, _, _ = sequential_sweep(**mapped(Tensor.double, params))
+    baseline, _, _ = sequential_sweep(**params)
+    for loop, hoisted in ((sweeping.concatenated_loop, False), (sweeping.hoisted_loop, True)):
+        assert_no_worse(loop(**sweeping._loop_inputs(TINY, SITE, hoisted)), expected, baseline)
 
 
 # The gate

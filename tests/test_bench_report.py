@@ -29,6 +29,7 @@ from newllm.measuring.entries import FUSED, Entry
 from newllm.measuring.ours import Site
 from newllm.measuring.pictures import layer_figure
 from newllm.measuring.rows import Row, read_rows, write_rows
+from newllm.measuring.sweep_pictures import sweep_figure
 from tests.bench_rows import SITE, TINY, layer_rows, row, shrink
 
 
@@ -82,12 +83,14 @@ def test_bars_are_met_or_not(
 def test_every_bar_names_rows_that_a_suite_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt key would leave a bar out in silence."""
     monkeypatch.setattr("newllm.measuring.ours.implementations", lambda *_: {FUSED: None})
-    monkeypatch.setattr("newllm.measuring.decoding.backends.FUSED", {"infini_decode": {"cuda"}})
-    site = Site(torch.device("cuda"), torch.bfloat16)
+    fused = {"infini_decode": {"cuda"}, "context_sweep": {"cuda", "cpu"}}
+    monkeypatch.setattr("newllm.measuring.decoding.backends.FUSED", fused)
+    sites = Site(torch.device("cuda"), torch.bfloat16), Site(torch.device("cpu"), torch.float32)
     for name, suite in suites.SUITES.items():
         makers = {peer: peers.PEERS[peer].entries for peer in suite.peers}
         made = {
             (entry.op, entry.impl, entry.variant, entry.shape.name, direction)
+            for site in sites
             for direction, group in suites.groups(suite, site, makers)
             for entry in group
         }
@@ -130,8 +133,36 @@ def test_the_picture_shows_every_time(tmp_path: Path) -> None:
         "FA4: window alone",
         "newllm: Infini layer, linear",
     ]
-    bench._draw(tmp_path / "layer.png", layer_rows())
+    bench._draw("layer", tmp_path / "layer.png", layer_rows())
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_the_sweeps_has_steps_and_iterations() -> None:
+    sizes = {"op": "context_sweep", "tokens": 100, "heads": 1, "kv_heads": 1}
+    steps = [
+        row(**sizes, variant=variant, shape=f"d{width} B{batch}", width=width, batch=batch, ms=width / 768)
+        for variant in ("sequential", "block")
+        for width, batch in ((128, 1), (768, 1), (768, 64))
+    ]
+    loops = [
+        row(**sizes, impl="eager loop", variant="sequential", shape="d768 B1", width=768, batch=1, ms=9.0)
+    ]
+    others = [
+        row(
+            **sizes,
+            impl="reference",
+            variant=f"jacobi {k}",
+            shape="convergence",
+            detail=f"jacobi, {k} sweeps, rho {r}",
+        )
+        for k, r in ((9, 0.5), (40, 0.9))
+    ]
+    width, batch, sweeps = sweep_figure(steps + loops + others).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in width.get_lines()}
+    assert lines["newllm fused, sequential"] == [[128, 1e3 / 6 / 100], [768, 10.0]]
+    assert lines["eager loop"] == [[768, 90.0]]
+    assert batch.get_lines()[0].get_xydata().tolist() == [[1, 10.0], [64, 10.0]]
+    assert sweeps.get_lines()[0].get_xydata().tolist() == [[0.5, 9.0], [0.9, 40.0]]
 
 
 def test_report_rewrites_the_block_and_nothing_else(
@@ -139,7 +170,7 @@ def test_report_rewrites_the_block_and_nothing_else(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
-    words = ["--results", str(tmp_path), "--readme", str(readme), "--picture", str(tmp_path / "layer.png")]
+    words = ["--results", str(tmp_path), "--readme", str(readme), "--pictures", str(tmp_path)]
     assert main(["bench", "report", *words]) == 0
     assert "No rows have been recorded yet." in readme.read_text(encoding="utf-8")
     write_rows(tmp_path / "layer.jsonl", layer_rows())
@@ -149,7 +180,7 @@ def test_report_rewrites_the_block_and_nothing_else(
     assert text.endswith(f"{report.END}\nafter\n")
     assert "| window_attention, window | FA4 | 1.040 | 4.160 | 0.3432 | 1.373 |" in text
     assert "`benchmarks/results/layer.jsonl`: a GPU, bfloat16, torch 2.11" in text
-    assert (tmp_path / "layer.png").is_file()
+    assert (tmp_path / "bench-layer.png").is_file()
     readme.write_text("no markers", encoding="utf-8")
     assert main(["bench", "report", *words]) == 2
 

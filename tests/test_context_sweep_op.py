@@ -30,7 +30,8 @@ def test_methods_are_the_references(cell: Any, make: Make) -> None:
         (sweep(method="block", tol=1e-12), block_sweep(x, params, state, tol=1e-12)),
     ]:
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-        assert actual[2] == expected[2]
+        assert actual[2][:3] == expected[2][:3]
+        assert torch.equal(actual[2].rho.nan_to_num(), expected[2].rho.nan_to_num())
 
 
 @cells
@@ -55,7 +56,6 @@ def wrong(make: Make, **fields: Any) -> Any:
         ({"tol": float("nan")}, ValueError, r"tol must be 0 or more, got nan"),
         ({"sweeps": 0}, ValueError, r"sweeps must be at least 1 or None, got 0"),
         ({"backend": "triton"}, ValueError, r"backend must be one of reference, fused; got 'triton'"),
-        ({"backend": "fused"}, RuntimeError, r"context_sweep has no fused implementation for .*'cpu'"),
         ({"cell": "gated"}, TypeError, r"params must be GatedParams for cell 'gated', got ContextParams"),
         ({"params": gated_params()}, TypeError, r"params must be ContextParams .*, got GatedParams"),
         (

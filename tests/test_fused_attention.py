@@ -58,7 +58,7 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("weights cut", F32, {**SHORT, "seed": 1}),
     ("full", F32, {**SHORT, "seed": 1}),
     ("two", F32, SHORT),
-    ("delta two", F32, {**SHORT, "seed": 2}),
+    ("delta two", F32, {**SHORT, "heads": 8, "kv_heads": 4}),
     ("learned open", BF16, {}),
     ("delta stream", F32, {"tokens": 1}),
     ("", F32, {"tokens": 1}),
@@ -112,14 +112,21 @@ def in_calls(cuts: tuple[int, ...], rope: tuple[Tensor, Tensor], padding_mask: T
     return torch.cat(outs, 2), state
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
-def test_any_split_is_one_call(rule: str, fused_device: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "cut", "tokens", "segment", "window"),
+    # The last: a call shorter than a segment and than a tile that a border crosses.
+    [("linear", 9, 20, 5, 11), ("delta", 9, 20, 5, 11), ("linear", 66, 76, 70, 75)],
+)
+def test_any_split_is_one_call(
+    rule: str, cut: int, tokens: int, segment: int, window: int, fused_device: str
+) -> None:
     """Calls that continue each other, with gradients through their states, and the reference of the whole."""
     case = layer(f"{rule if rule == 'delta' else ''} padded")
-    sizes = {"batch": 2, "tokens": 20, "segment": 5, "window": 11}
+    sizes = {"batch": 2, "tokens": tokens, "segment": segment, "window": window}
     inputs = case.inputs("changed", F32, device=fused_device, seed=2, **sizes)
+    inputs["padding_mask"][0] = True
     inputs["padding_mask"][1, ::2] = True
-    case.judge(inputs, F32, function=partial(in_calls, (0, 9, 20)))
+    case.judge(inputs, F32, function=partial(in_calls, (0, cut, tokens)))
 
 
 @pytest.mark.parametrize("changes", ["learned delta", "local"])
@@ -168,15 +175,15 @@ def test_autocast_is_a_call_in_its_dtype(op: str, fused_device: str) -> None:
 
 # The contract
 
-PARTS = ["forward", "backward_keys", "backward_queries"]
+PARTS = ["forward", "backward_prepare", "backward_keys", "backward_queries"]
 ATTENTION = {f"_infini_attention_{part}_kernel" for part in PARTS}
 MEMORY = {"_memory_fold_forward_kernel", "_memory_fold_backward_kernel"}
 MEMORY |= {"_infini_attention_backward_recall_kernel"}
 LINEAR, DELTA = {"_memory_scan_linear_kernel"}, {"_memory_scan_delta_kernel"}
 RUNS: list[tuple[str, str, set[str]]] = [
-    ("window_attention", "", {"_rotate_kernel", "_infini_attention_backward_delta_kernel"}),
-    ("window_attention", "local padded no-rope", {"_infini_attention_backward_delta_kernel"}),
-    ("infini_attention", "no-memory stream", {"_rotate_kernel", "_infini_attention_backward_delta_kernel"}),
+    ("window_attention", "", {"_rotate_kernel"}),
+    ("window_attention", "local padded no-rope", {"_rotate_kernel"}),
+    ("infini_attention", "no-memory stream", {"_rotate_kernel"}),
     ("infini_attention", "learned tanh weights padded", {"_rotate_kernel"} | MEMORY | LINEAR),
     ("infini_attention", "delta local stream", {"_rotate_kernel"} | MEMORY | DELTA),
 ]

@@ -101,7 +101,7 @@ def test_groups_of_queries(
 
 ATTENTION = {
     f"_infini_attention_{part}_kernel"
-    for part in ("forward", "backward_recall", "backward_keys", "backward_queries")
+    for part in ("forward", "backward_prepare", "backward_recall", "backward_keys", "backward_queries")
 }
 MEMORY = {"_rotate_kernel", "_memory_fold_forward_kernel", "_memory_fold_backward_kernel"}
 

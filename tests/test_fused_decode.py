@@ -98,13 +98,15 @@ def test_any_tiles_obey_the_error_rule(
     slots: int, columns: int, splits: int, fused_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More splits than the second kernel combines at once, and memories of several column blocks."""
-    from newllm.kernels.tiles import TILES
+    from newllm.kernels import infini_decode
 
-    for kernel, sizes in (("split", {"BT": slots, "BM": columns, "BS": 16}), ("combine", {"BN": splits})):
-        table = TILES[f"_infini_decode_{kernel}_kernel"]
-        monkeypatch.setitem(
-            TILES, f"_infini_decode_{kernel}_kernel", {key: {**old, **sizes} for key, old in table.items()}
-        )
+    changes = {"split": {"BT": slots, "BM": columns, "BS": 16}, "combine": {"BN": splits}}
+    chosen = infini_decode.tiles_of
+    monkeypatch.setattr(
+        infini_decode,
+        "tiles_of",
+        lambda kernel, *of: {**chosen(kernel, *of), **changes[kernel.split("_")[3]]},
+    )
     judged({**SPLIT, "value": 40}, "delta", "plain", torch.float32, fused_device)
     judged(SPLIT, "active", "plain", torch.bfloat16, fused_device)
 
@@ -322,6 +324,9 @@ def test_every_shape_obeys_the_error_rule(
     change: str,
     dtype: torch.dtype,
 ) -> None:
+    if dtype == torch.float16:
+        # The reference's own sums in float16 leave its range in longer streams.
+        window, segment, tokens = (min(n, 64) for n in (window, segment, tokens))
     sizes = {
         "batch": batch,
         "heads": kv_heads * group,
@@ -364,7 +369,7 @@ def test_a_replayed_graph_equals_eager_decoding() -> None:
 @pytest.mark.gpu
 def test_overlapping_kernels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred steps with the start of each kernel overlapping the end of the last, and without."""
-    from newllm.kernels.tiles import TILES
+    from newllm.kernels import infini_decode
 
     inputs = stream(100, "cuda", torch.bfloat16, key=128, value=128, window=64, segment=16)
     qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
@@ -375,7 +380,5 @@ def test_overlapping_kernels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
         return [*(FUSED(**token, **inputs, state=state) for token in tokens), *state]
 
     overlapping = run()
-    for kernel in ("_infini_decode_split_kernel", "_infini_decode_combine_kernel"):
-        apart = {key: {**sizes, "PDL": 0} for key, sizes in TILES[kernel].items()}
-        monkeypatch.setitem(TILES, kernel, apart)
+    monkeypatch.setattr(infini_decode, "dependent_launch", lambda device: {"PDL": 0})
     assert all(torch.equal(a, b) for a, b in zip(overlapping, run(), strict=True))

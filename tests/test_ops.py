@@ -53,7 +53,7 @@ def test_a_window_of_one_token_takes_longer_tables_with_a_state() -> None:
     assert out.shape == (2, 4, 1, 3)
 
 
-@pytest.mark.parametrize("op", [*CASES])
+@pytest.mark.parametrize("op", [op for op in CASES if "cpu" not in backend.FUSED[op]])
 def test_fused_is_refused_where_there_is_none(op: str) -> None:
     case = CASES[op]
     inputs = case.inputs(next(iter(case.variants)), torch.float32)

@@ -14,19 +14,24 @@ if TYPE_CHECKING:
     from newllm.measuring.rows import Row
 
 
+# Suites that have a picture.
+DRAWN = ("layer", "sweep")
+
+
 @dataclass
 class SuiteOptions:
     """Options of every suite.
 
     Args:
-        peers: all, none, or names with commas: flex, fa4, sdpa, fla-linear, fla-delta, loop, compiled-loop.
+        peers: all, none, or names with commas: flex, fa4, sdpa, fla-linear, fla-delta, loop, compiled-loop,
+            eager-loop, hoisted-loop, graph-loop, lstm, gru.
         shapes: only these of the suite's shapes (empty: all).
         variants: only these of newllm's own variants (empty: all).
         out: folder of the rows (null: benchmarks/results on a GPU, runs/bench on a CPU).
         device: cpu or cuda (null: the first accelerator, or else the CPU).
         seconds: time for the turns of each group (null: the suite's own).
         base: measure newllm's own rows at this git revision too, and show both.
-        picture: where the layer's picture goes (null: beside the rows).
+        picture: where the picture of layer and sweep goes (null: beside the rows).
     """
 
     peers: str = "all"
@@ -46,12 +51,12 @@ class ReportOptions:
     Args:
         results: folder of the rows.
         readme: file that holds the two markers.
-        picture: the layer's picture.
+        pictures: folder of the pictures.
     """
 
     results: str = "benchmarks/results"
     readme: str = "README.md"
-    picture: str = "docs/bench-layer.png"
+    pictures: str = "docs"
 
 
 def run_suite(suite: str, options: SuiteOptions) -> None:
@@ -77,9 +82,9 @@ def run_suite(suite: str, options: SuiteOptions) -> None:
         console.print(line, highlight=False, markup=False)
     for grid in grids(report):
         console.print(grid.rich())
-    if suite == "layer":
+    if suite in DRAWN:
         picture = Path(options.picture or report.path.with_suffix(".png"))
-        _draw(picture, report.rows)
+        _draw(suite, picture, report.rows)
         console.print(f"{report.path} and {picture}", highlight=False)
     if options.base is not None:
         base = rows_at(options.base, suite, _words(options))
@@ -97,23 +102,27 @@ def _words(options: SuiteOptions) -> list[str]:
 
 
 def run_report(options: ReportOptions) -> None:
-    """Rewrite the README's block, and the picture where the layer has rows."""
+    """Rewrite the README's block, and the pictures of the suites that have rows."""
     from newllm.measuring.report import update
     from newllm.measuring.rows import read_rows
 
     results = Path(options.results)
     update(Path(options.readme), results)
     print(options.readme)
-    if (results / "layer.jsonl").is_file():
-        _draw(Path(options.picture), read_rows(results / "layer.jsonl"))
-        print(options.picture)
+    for suite in DRAWN:
+        if (results / f"{suite}.jsonl").is_file():
+            picture = Path(options.pictures) / f"bench-{suite}.png"
+            _draw(suite, picture, read_rows(results / f"{suite}.jsonl"))
+            print(picture)
 
 
-def _draw(path: Path, rows: list[Row]) -> None:
+def _draw(suite: str, path: Path, rows: list[Row]) -> None:
     from newllm.measuring.pictures import layer_figure
     from newllm.measuring.rows import replace_file
+    from newllm.measuring.sweep_pictures import sweep_figure
 
-    replace_file(path, lambda file: layer_figure(rows).savefig(file, dpi=130, format="png"))
+    figure = {"layer": layer_figure, "sweep": sweep_figure}[suite](rows)
+    replace_file(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
 def _options(suite: str, what: str) -> type[SuiteOptions]:

@@ -17,6 +17,7 @@ SUITES = {
     "window": "sliding-window attention alone",
     "memory": "memory update, scan and retrieval against a copy of the same bytes",
     "decode": "one token of one layer, after 4K and after 1M tokens",
+    "sweep": "context recurrences over whole sequences against loops, LSTM and GRU",
     "long": "a million tokens in one forward pass against full attention",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from newllm.measuring.entries import FUSED
@@ -33,6 +34,12 @@ MEASURES = {
         True,
         lambda own, other: _quotient(_quotient(own.bytes, own.ms), _quotient(other.bytes, other.ms)),
     ),
+    "compute": Measure(
+        "x the rate of a product",
+        True,
+        lambda own, other: _quotient(_quotient(own.flops, own.ms), own.peak_tflops * 1e9),
+    ),
+    "step": Measure("us a step", False, lambda own, other: _quotient(own.ms, own.tokens / 1e3)),
     "us": Measure("us", False, lambda own, other: _quotient(own.ms, 1e-3)),
 }
 
@@ -99,6 +106,37 @@ def _decode() -> Iterator[Bar]:
     yield Bar("time", far, near, must=1.02)
 
 
+def _sweep() -> Iterator[Bar]:
+    """Of a GPU, in which a step is what counts, and of a CPU, in which the loops are."""
+    one = partial(_own, "context_sweep", "sequential", "d768 B1")
+    for direction, step in ((FORWARD, (1.5, 0.8)), (BOTH, (4, 2))):
+        yield Bar("step", one(direction), one(direction), *step)
+        for kind in ("LSTM", "GRU"):
+            peer = ("recurrent layer", kind, "torch.nn", "d768 B1", direction)
+            yield Bar("speed", one(direction), peer, must=1 if direction == FORWARD else None)
+    yield Bar("speed", one(FORWARD), _loop("eager loop", "d768 B1", FORWARD), must=35, aim=65)
+    yield Bar("speed", one(FORWARD), _loop("compiled hoisted loop", "d768 B1", FORWARD), must=4.5, aim=9)
+    for batch, must, aim in ((112, 1.5, 1.1), (128, None, 1.1)):
+        own = _own("context_sweep", "sequential", f"d768 B{batch}", FORWARD)
+        yield Bar("time", own, one(FORWARD), must=must, aim=aim)
+    long = partial(_own, "context_sweep", shape="d768 B1 32K", direction=FORWARD)
+    yield Bar("speed", long("block"), long("sequential"), must=20, aim=30)
+    small = partial(_own, "context_sweep", shape="CPU d768 B1")
+    for direction, must in ((FORWARD, 4), (BOTH, 5)):
+        eager = _loop("eager loop", "CPU d768 B1", direction)
+        yield Bar("speed", small("sequential", direction=direction), eager, must=must)
+    sequential = small("sequential", direction=FORWARD)
+    yield Bar("speed", sequential, _loop("hoisted loop", "CPU d768 B1", FORWARD), must=2.5)
+    yield Bar("speed", small("block", direction=FORWARD), sequential, must=2)
+    wide = _own("context_sweep", "sequential", "CPU d768 B64", FORWARD)
+    yield Bar("speed", wide, _loop("eager loop", "CPU d768 B64", FORWARD), must=1)
+    yield Bar("compute", wide, wide, must=0.85)
+
+
+def _loop(impl: str, shape: str, direction: str) -> Key:
+    return "context_sweep", impl, "sequential", shape, direction
+
+
 _COPY: Key = ("copy", "device copy", "bytes of memory_update", "8B", FORWARD)
 
 BARS = {
@@ -106,6 +144,7 @@ BARS = {
     "window": (*_window(),),
     "memory": (Bar("bandwidth", _own("memory_update", "linear", "8B", FORWARD), _COPY, must=0.8, aim=0.9),),
     "decode": (*_decode(),),
+    "sweep": (*_sweep(),),
     "long": (
         Bar(
             "speed",

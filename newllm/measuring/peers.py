@@ -20,6 +20,7 @@ from newllm.measuring.entries import Entry, Prepared
 from newllm.measuring.loops import segment_loop
 from newllm.measuring.ours import Site, layer_inputs, qkv
 from newllm.measuring.shapes import Shape
+from newllm.measuring.sweeping import layer_of_torch_entries, loop_entries
 from newllm.measuring.work import Work
 from newllm.testing import Inputs
 
@@ -176,6 +177,13 @@ PEERS = {
     "fla-linear": Peer("fla linear attention", "fla", "cuda", _linear),
     "fla-delta": Peer("fla delta rule", "fla", "cuda", _delta),
     "loop": Peer("segment loop", "torch", None, partial(_loop, compiled=False)),
+    "eager-loop": Peer("eager loop", "torch", None, partial(loop_entries, hoisted=False)),
+    "hoisted-loop": Peer("hoisted loop", "torch", None, partial(loop_entries, hoisted=True)),
+    "graph-loop": Peer(
+        "compiled hoisted loop", "torch", "cuda", partial(loop_entries, hoisted=True, compiled=True)
+    ),
+    "lstm": Peer("LSTM", "torch", None, partial(layer_of_torch_entries, kind="LSTM")),
+    "gru": Peer("GRU", "torch", None, partial(layer_of_torch_entries, kind="GRU")),
     "compiled-loop": Peer("compiled segment loop", "torch", "cuda", partial(_loop, compiled=True)),
 }
 

@@ -48,4 +48,26 @@ DECODES: Shapes = {
     )
     for device, base in (("cuda", _8B), ("cpu", _SMALL))
 }
+# Context sweeps: no heads, no window. The last shape of a CPU shows how many sweeps Jacobi's method takes.
+CONVERGENCE = "convergence"
+
+
+def _sweep(width: int, batch: int, tokens: int, name: str = "d{} B{}") -> Shape:
+    return Shape(name.format(width, batch), batch, 1, 1, tokens, width, 0, 0)
+
+
+_CPU = "CPU d{} B{}"
+SWEEPS: Shapes = {
+    "cuda": (
+        *(_sweep(width, 1, 2048) for width in (128, 256, 512, 768, 1024, 2048)),
+        *(_sweep(768, batch, 2048) for batch in (8, 16, 64, 112, 128)),
+        _sweep(768, 1, 32768, "d{} B{} 32K"),
+        _sweep(64, 1, 512, CONVERGENCE),
+    ),
+    "cpu": (
+        *(_sweep(width, 1, 2048 if width == 768 else 256, _CPU) for width in (64, 128, 256, 512, 768, 1024)),
+        *(_sweep(768, batch, 64, _CPU) for batch in (4, 16, 64)),
+        _sweep(64, 1, 512, CONVERGENCE),
+    ),
+}
 LONG: Shapes = {"cuda": (_8B._replace(name="8B 1M", tokens=2**20),), "cpu": (_SMALL._replace(tokens=4096),)}

@@ -13,6 +13,7 @@ from newllm.measuring.decoding import decode_entries, full_attention_entries
 from newllm.measuring.entries import Entry, Prepared
 from newllm.measuring.ours import Site
 from newllm.measuring.shapes import Shape, Shapes
+from newllm.measuring.sweeping import sweep_entries
 
 Maker = Callable[[Shape, Site], Iterator[Entry]]
 
@@ -69,6 +70,15 @@ SUITES = {
     ),
     "decode": Suite(
         ("infini_decode",), shapes.DECODES, (decode_entries, full_attention_entries), together=True
+    ),
+    "sweep": Suite(
+        ("context_sweep",),
+        shapes.SWEEPS,
+        (sweep_entries,),
+        ("eager-loop", "hoisted-loop", "graph-loop", "lstm", "gru"),
+        seconds=10,
+        rounds=(5, 50),
+        warm_calls=1,
     ),
     "long": Suite(
         ("infini_attention",), shapes.LONG, (_long,), ("sdpa",), seconds=2, rounds=(1, 20), warm_calls=0

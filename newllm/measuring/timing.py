@@ -12,7 +12,7 @@ import torch
 Call = Callable[[], Any]
 # Written before each timed call on a GPU: larger than any L2 cache, and enough to keep the device busy while
 # the host issues the call, as in a training step, where the host runs ahead.
-_LEAD_BYTES, _LEAD_FILLS = 2**28, 20
+_LEAD_BYTES, _LEAD_FILLS = 2**28, 64
 
 
 class Timed(NamedTuple):

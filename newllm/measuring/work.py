@@ -81,6 +81,13 @@ def read(shape: Shape, direction: str, itemsize: int) -> Work:
     return Work(2 * shape.width * shape.query * factor, tensors * shape.query * itemsize)
 
 
+def recurrence(shape: Shape, direction: str, itemsize: int) -> Work:
+    """A context layer over all tokens: a product of the input and one of the context, thrice backward."""
+    size, weights = shape.batch * shape.tokens * shape.width, shape.width**2
+    factor, tensors = (3, 5) if direction == BOTH else (1, 2)
+    return Work(4 * size * shape.width * factor, (tensors * size + 2 * weights) * itemsize)
+
+
 def token(shape: Shape, itemsize: int) -> Work:
     """One token of one layer: the ring and the memory are read once."""
     ring = 2 * shape.batch * shape.kv_heads * shape.window * shape.width

@@ -15,10 +15,13 @@ from newllm.types import FeatureMap, InfiniState, MemoryState
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require(condition: bool, name: str, got: Any, allowed: str) -> None:
-    """Raise ``ValueError`` unless ``condition`` holds."""
+def require(condition: bool, name: str, got: Any, allowed: str, *parts: Any) -> None:
+    """Raise ``ValueError`` unless ``condition`` holds; ``parts`` stand in for the braces of ``allowed``.
+
+    Text is put together only then: Dynamo cannot trace the formatting of sizes that it does not know.
+    """
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {got}")
+        raise ValueError(f"{name} must be {allowed.format(*parts) if parts else allowed}, got {got}")
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -29,7 +32,7 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape."""
-    require(tuple(tensor.shape) == expected, name, list(tensor.shape), f"of shape {list(expected)}")
+    require(tuple(tensor.shape) == expected, name, list(tensor.shape), "of shape {}", list(expected))
 
 
 def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -40,7 +43,7 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     same_place("q", q, k)
     batch, heads, tokens, width = k.shape
     shape("q", q, (batch, q.shape[1], tokens, width))
-    require(q.shape[1] % heads == 0, "q's heads", q.shape[1], f"a multiple of the {heads} key/value heads")
+    require(q.shape[1] % heads == 0, "q's heads", q.shape[1], "a multiple of the {} key/value heads", heads)
 
 
 def key_values(k: Tensor, v: Tensor) -> None:
@@ -71,7 +74,7 @@ def segmentation(window: int | None, segment: int) -> None:
     require(segment >= 1, "segment", segment, "at least 1")
     if window is not None:
         require(window >= 1, "window", window, "at least 1 or None")
-        require(segment <= window, "segment", segment, f"at most window ({window})")
+        require(segment <= window, "segment", segment, "at most window ({})", window)
 
 
 def gate_and_beta(beta: Tensor | None, gate: str, q: Tensor) -> None:
@@ -91,7 +94,7 @@ def parameter(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor
 def device(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise ``ValueError`` unless ``tensor`` is where the operator's inputs are."""
     require(
-        tensor.device == like.device, f"device of {name}", tensor.device, f"{like.device}, the inputs' own"
+        tensor.device == like.device, f"device of {name}", tensor.device, "{}, the inputs' own", like.device
     )
 
 
@@ -129,9 +132,9 @@ def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int | None) -> 
     for name, table in (("rope cos", cos), ("rope sin", sin)):
         parameter(name, table, (rows, width) if cos.ndim == 2 else (batch, rows, width), k)
     if history is None:
-        require(rows == tokens, "rope's rows", rows, f"{tokens}, one per token, without a state")
+        require(rows == tokens, "rope's rows", rows, "{}, one per token, without a state", tokens)
     else:
-        require(rows >= tokens + history, "rope's rows", rows, f"at least {tokens + history} with a state")
+        require(rows >= tokens + history, "rope's rows", rows, "at least {} with a state", tokens + history)
 
 
 def padding(mask: Tensor | None, k: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from newllm import backend as backends
-from newllm.ops import checks
+from newllm.ops import checks, sweeps_fused as fused
 from newllm.reference import context as reference
 from newllm.types import ContextParams, GatedParams, SweepInfo
 
@@ -30,6 +30,7 @@ def context_sweep(
     method: Literal["auto", "sequential", "block", "jacobi"] = "auto",
     tol: float = 1e-5,
     sweeps: int | None = None,
+    fallback: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, SweepInfo]:
     """Carry a context vector through a sequence.
@@ -46,22 +47,27 @@ def context_sweep(
             zeros.
         method: ``sequential`` is the definition. ``jacobi`` updates all tokens at once, ``sweeps``
             times: after k sweeps the first k contexts are exact. ``block`` runs chunks side by side until
-            their borders agree, and is sequential where they do not come to. ``auto`` is sequential.
+            their borders agree, and is sequential where they do not come to. ``auto`` is block where an
+            estimate of ``info.rho`` promises that it is faster, and sequential elsewhere: on the reference,
+            in short or wide batches, under ``torch.compile``.
         tol: a Jacobi sweep that changes nothing by more, and a block sweep whose borders differ by no
             more, is the last. Only jacobi with 0 and sequential never wait for the device, which
-            ``torch.compile(fullgraph=True)`` requires.
+            ``torch.compile(fullgraph=True)`` and CUDA graphs require.
         sweeps: most sweeps of jacobi (None: T, which is exact) and of block (None: 4).
+        fallback: whether block may be sequential where its borders do not come to agree.
         backend: ``reference`` or ``fused``; None chooses.
 
     Returns:
         Contexts ``[B, T, C]`` after each token, in x's dtype. The state ``[B, C]`` after the last one, in
         float32 (float64 for float64 inputs); sequential calls that hand it on equal one call over all
-        tokens. How it was done. Gradients reach as many tokens (jacobi) or chunks (block) back as there
-        were sweeps, and every sweep takes memory for them. Under autocast x and params are first cast
-        to its dtype.
+        tokens. How it was done. The gradients of jacobi, and on the reference of block, are those of the
+        sweeps done: they reach as many tokens (jacobi) or chunks (block) back, and every sweep takes memory
+        for them. All others are the recurrence's own. Under autocast x and params are first cast to its
+        dtype.
 
     Raises:
         TypeError: for a wrong dtype or kind of params. ValueError: for a wrong size, device or choice.
+        RuntimeError: for a block sweep whose borders do not come to agree, with ``fallback=False``.
     """
     checks.choice("cell", cell, CELLS)
     checks.choice("method", method, METHODS)
@@ -72,19 +78,30 @@ def context_sweep(
             f"params must be {CELLS[cell].__name__} for cell {cell!r}, got {type(params).__name__}"
         )
     _check_shapes(x, params)
-    backends.resolve("context_sweep", x.device, backend)
     tensors = _tensors(params)
     context, (x, *values) = checks.without_autocast(x, *tensors.values())
+    chosen = backends.resolve("context_sweep", x.device, backend, _declined(x, method))
     cast: dict[str, Any] = dict(zip(tensors, values, strict=True))
     _check_places(x, cast)
     _check_state(state, x, params.weight_c.shape[-1])
     params = params._replace(**cast)
     with context:
+        if chosen == "fused":
+            return fused.sweep(x, params, state, method=method, tol=tol, sweeps=sweeps, fallback=fallback)
         if method == "jacobi":
             return reference.jacobi_sweep(x, params, state, tol=tol, sweeps=sweeps)
         if method == "block":
-            return reference.block_sweep(x, params, state, tol=tol, sweeps=sweeps)
+            return reference.block_sweep(x, params, state, tol=tol, sweeps=sweeps, fallback=fallback)
         return reference.sequential_sweep(x, params, state)
+
+
+def _declined(x: Tensor, method: str) -> str | None:
+    """Why the native sweeps cannot take this call; None if they can."""
+    if x.dtype == torch.float64:
+        return f"its sweeps take float16, bfloat16 and float32, got {x.dtype}"
+    if method == "jacobi":
+        return "it has the methods auto, sequential and block, got 'jacobi'"
+    return None
 
 
 def _tensors(params: ContextParams | GatedParams) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def memory_retrieve(
         state.matrix.ndim == 4, "state.matrix", list(state.matrix.shape), "of shape [B, Hkv, F, V]"
     )
     heads = state.matrix.shape[1]
-    checks.require(q.shape[1] % heads == 0, "q's heads", q.shape[1], f"a multiple of the memory's {heads}")
+    checks.require(q.shape[1] % heads == 0, "q's heads", q.shape[1], "a multiple of the memory's {}", heads)
     checks.feature(feature, heads, q)
     features = feature_width(feature, q.shape[3])
     checks.memory(state.matrix, state.norm, (q.shape[0], heads, features, state.matrix.shape[3]), q)

@@ -85,6 +85,15 @@ CONTEXT_CELL = Cell(context_drive, context_cell)
 GATED_CELL = Cell(gated_drive, gated_cell)
 
 
+class NotContracting(RuntimeError):
+    """The block method was asked for without a way back, and does not converge for this ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"method 'block' does not converge: {reason}; take method='sequential' or allow fallback=True"
+        )
+
+
 class _Problem(NamedTuple):
     """A recurrence ready to be swept: ``drive [B, T, ...]``, ``start [B, C]``, ``step(drive, context)``."""
 
@@ -111,7 +120,7 @@ def sequential_sweep(
     """
     problem = _problem(x, params, state, compute_dtype)
     contexts, last = _scan(problem.step, problem.drive, problem.start)
-    return contexts.to(x.dtype), last, SweepInfo("sequential", 1, _zero(last))
+    return contexts.to(x.dtype), last, SweepInfo("sequential", 1, _zero(last), _unknown(last))
 
 
 def jacobi_sweep(
@@ -134,11 +143,15 @@ def jacobi_sweep(
     problem = _problem(x, params, state, compute_dtype)
     contexts = problem.start[:, None].new_zeros(*x.shape[:2], problem.start.shape[-1])
     residual, done, limit = _zero(contexts) + torch.inf, 0, min(sweeps or x.shape[1], x.shape[1])
+    first = residual
     while done < limit and not (tol > 0 and residual <= tol):
         previous, done = contexts, done + 1
         contexts = problem.step(problem.drive, torch.cat([problem.start[:, None], previous[:, :-1]], 1))
         residual = _distance(contexts, previous)
-    return contexts.to(x.dtype), contexts[:, -1].clone(), SweepInfo("jacobi", done, residual)
+        first = residual if done == 1 else first
+    # The residuals of a Jacobi sweep are those of a power iteration.
+    info = SweepInfo("jacobi", done, residual, _rate(residual, first, done - 1))
+    return contexts.to(x.dtype), contexts[:, -1].clone(), info
 
 
 def block_sweep(
@@ -149,32 +162,40 @@ def block_sweep(
     chunk: int = 64,
     tol: float = 1e-5,
     sweeps: int | None = None,
+    fallback: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, SweepInfo]:
     """Multiple shooting: chunks of ``chunk`` tokens side by side, each from where its left one last ended.
 
     The certificate is the largest jump between a chunk's end and the next one's start. A sweep whose
     jumps are all within ``tol`` is the result; when ``sweeps`` of them (default 4) reach no such one,
-    or the jumps do not shrink, the sequential sweep is. Gradients are those of the sweeps done: they
-    reach as many chunks back. The rest as ``sequential_sweep``.
+    or the jumps do not shrink, the sequential sweep is, or with ``fallback=False`` raises
+    ``NotContracting``. Gradients are those of the sweeps done: they reach as many chunks back. The rest as
+    ``sequential_sweep``.
     """
     problem = _problem(x, params, state, compute_dtype)
     drive = _chunked(problem.drive, chunk)
     first = problem.start[:, None]
     starts = torch.cat([first, first.new_zeros(len(first), drive.shape[1] - 1, first.shape[-1])], 1)
-    residual, done = _zero(first) + torch.inf, 0
+    residual, rho, done = _zero(first) + torch.inf, _unknown(first), 0
     for done in range(1, (sweeps or BLOCK_SWEEPS) + 1):
         contexts, ends = _scan(problem.step, drive, starts)
         reached = torch.cat([first, ends[:, :-1]], 1)
         previous, residual = residual, _distance(reached, starts)
+        rho = _rate(residual, previous, chunk) if done > 1 else rho
         if residual <= tol:
             contexts = contexts.flatten(1, 2)[:, : x.shape[1]]
-            return contexts.to(x.dtype), contexts[:, -1].clone(), SweepInfo("block", done, residual)
+            return contexts.to(x.dtype), contexts[:, -1].clone(), SweepInfo("block", done, residual, rho)
         if not residual < previous:
             break
         starts = reached
+    if not fallback:
+        raise NotContracting(
+            f"chunks of {chunk} tokens differ by {float(residual):.3g} at their borders after {done} sweeps, "
+            f"and tol is {tol:g}"
+        )
     contexts, last = _scan(problem.step, problem.drive, problem.start)
-    return contexts.to(x.dtype), last, SweepInfo("sequential", done + 1, _zero(last))
+    return contexts.to(x.dtype), last, SweepInfo("sequential", done + 1, _zero(last), rho)
 
 
 def _problem(x: Tensor, params: Params, state: Tensor | None, compute_dtype: torch.dtype | None) -> _Problem:
@@ -219,5 +240,14 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).detach().abs().amax()
 
 
+def _rate(residual: Tensor, first: Tensor, tokens: int) -> Tensor:
+    """By what each of ``tokens`` multiplies a difference that they take from ``first`` to ``residual``."""
+    return (residual / first) ** (1 / tokens) if tokens else _unknown(residual)
+
+
 def _zero(like: Tensor) -> Tensor:
     return like.new_zeros(())
+
+
+def _unknown(like: Tensor) -> Tensor:
+    return like.new_full((), torch.nan)

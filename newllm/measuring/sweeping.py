@@ -1,0 +1,168 @@
+"""The suite of the context sweeps: ours, loops as its documents write them, torch's recurrent layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from newllm import backend as backends
+from newllm.measuring import work
+from newllm.measuring.entries import FUSED, REFERENCE, Entry, Prepared, judged
+from newllm.measuring.ours import Site, Source
+from newllm.measuring.shapes import CONVERGENCE, Shape
+from newllm.measuring.work import Work
+from newllm.reference.context import LAYER_NORM_EPS
+from newllm.testing import CASES, Inputs
+from newllm.types import ContextParams, SweepInfo
+
+OP = "context_sweep"
+# Standard deviation of the weights: that of the documents, and for the suite's last picture others around it,
+# as shares of 1 / sqrt(width).
+DOCUMENTS_STD = 0.1
+STDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def sweep_inputs(shape: Shape, source: Source, std: float = DOCUMENTS_STD) -> Inputs:
+    """Normalised inputs, and one context layer with weights of this standard deviation."""
+    width = shape.width
+    x = F.layer_norm(source.normal(shape.batch, shape.tokens, width), (width,))
+    weight_c, weight_x = (source.normal(1, width, width) * std for _ in range(2))
+    bias, gain, shift = source.normal(1, width) / 100, x.new_ones(1, width), x.new_zeros(1, width)
+    return {"x": x, "params": ContextParams(weight_c, weight_x, bias, gain, shift)}
+
+
+def sweep_entries(shape: Shape, site: Site) -> Iterator[Entry]:
+    """Our methods, and the reference where it is what a machine has."""
+    if shape.name == CONVERGENCE:
+        yield from _convergence_entries(shape, site)
+        return
+    fused = site.device.type in backends.FUSED[OP]
+    methods = ("sequential", "block", "auto") if shape.batch == 1 else ("sequential",)
+    found = [(FUSED, method) for method in methods if fused]
+    if site.device.type == "cpu":
+        found.append((REFERENCE, "sequential"))
+    for impl, method in found:
+        yield _entry(shape, site, impl, method, method, work.DIRECTIONS)
+
+
+def _convergence_entries(shape: Shape, site: Site) -> Iterator[Entry]:
+    """How many sweeps weights of different size ask for; the detail of their rows says so."""
+    for share in STDS:
+        std = share / shape.width**0.5
+        yield _entry(shape, site, REFERENCE, "jacobi", f"jacobi, std {share:g}", (work.FORWARD,), std)
+
+
+def _entry(
+    shape: Shape,
+    site: Site,
+    impl: str,
+    method: str,
+    variant: str,
+    directions: tuple[str, ...],
+    std: float = DOCUMENTS_STD,
+) -> Entry:
+    public = partial(CASES[OP].public, method=method, backend=impl)
+    last: list[SweepInfo] = []
+
+    def sweep(**inputs: Any) -> Any:
+        contexts, state, info = public(**inputs)
+        last[:] = [info]
+        return contexts, state
+
+    def detail() -> str | None:
+        if method == "sequential":
+            return None
+        return f"{last[0].method}, {last[0].sweeps} sweeps, rho {float(last[0].rho):.4f}"
+
+    make = partial(sweep_inputs, std=std)
+    judge = judged(
+        CASES[OP],
+        lambda: make(shape._replace(batch=min(shape.batch, 2), tokens=5), site.source()),
+        site.dtype,
+        public,
+        learns=True,
+    )
+    prepare = lambda: Prepared(sweep, make(shape, site.source()), detail=detail)  # noqa: E731
+    return Entry(OP, impl, variant, shape, prepare, _least(shape, site), directions, judge)
+
+
+def _least(shape: Shape, site: Site) -> Callable[[str], Work]:
+    return partial(work.recurrence, shape, itemsize=site.dtype.itemsize)
+
+
+# Others
+
+
+def concatenated_loop(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """The documents' layer, token by token: one linear map of ``[c ; x]``, ``weight [C, C + E]``."""
+    context = x.new_zeros(len(x), len(weight))
+    contexts = []
+    for token in x.unbind(1):
+        change = F.gelu(F.linear(torch.cat([context, token], -1), weight, bias))
+        context = F.layer_norm(context + change, gain.shape, gain, shift, LAYER_NORM_EPS)
+        contexts.append(context)
+    return torch.stack(contexts, 1)
+
+
+def hoisted_loop(
+    x: Tensor, weight_c: Tensor, weight_x: Tensor, bias: Tensor, gain: Tensor, shift: Tensor
+) -> Tensor:
+    """The same with the input's share of all tokens in one product."""
+    drive = F.linear(x, weight_x, bias)
+    context = x.new_zeros(len(x), len(weight_c))
+    contexts = []
+    for token in drive.unbind(1):
+        change = F.gelu(F.linear(context, weight_c) + token)
+        context = F.layer_norm(context + change, gain.shape, gain, shift, LAYER_NORM_EPS)
+        contexts.append(context)
+    return torch.stack(contexts, 1)
+
+
+def _loop_inputs(shape: Shape, site: Site, hoisted: bool) -> Inputs:
+    inputs = sweep_inputs(shape, site.source())
+    weight_c, weight_x, bias, gain, shift = (value[0] for value in inputs["params"])
+    weights = {"weight_c": weight_c, "weight_x": weight_x}
+    if not hoisted:
+        weights = {"weight": torch.cat([weight_c, weight_x], -1)}
+    return {"x": inputs["x"], **weights, "bias": bias, "gain": gain, "shift": shift}
+
+
+def loop_entries(shape: Shape, site: Site, *, hoisted: bool, compiled: bool = False) -> Iterator[Entry]:
+    """A Python loop over tokens; ``compiled`` replays it from a CUDA graph, in the forward direction."""
+    if shape.name == CONVERGENCE:
+        return
+    name = "hoisted loop" if hoisted else "eager loop"
+
+    def prepare() -> Prepared:
+        function: Any = hoisted_loop if hoisted else concatenated_loop
+        if compiled:
+            function = torch.compile(function, dynamic=False, mode="reduce-overhead")
+        return Prepared(function, _loop_inputs(shape, site, hoisted))
+
+    impl = f"compiled {name}" if compiled else name
+    directions = (work.FORWARD,) if compiled else work.DIRECTIONS
+    yield Entry(OP, impl, "sequential", shape, prepare, _least(shape, site), directions)
+
+
+def layer_of_torch_entries(shape: Shape, site: Site, *, kind: str) -> Iterator[Entry]:
+    """``torch.nn.LSTM`` or ``GRU`` of the same width, cuDNN's on a GPU."""
+    if shape.name == CONVERGENCE:
+        return
+
+    def prepare() -> Prepared:
+        layer = getattr(torch.nn, kind)(shape.width, shape.width, batch_first=True)
+        layer = layer.to(site.device, site.dtype)
+        weights = {name: value.detach() for name, value in layer.named_parameters()}
+
+        def call(x: Tensor, **given: Tensor) -> Tensor:
+            contexts: Tensor = torch.func.functional_call(layer, given, (x,))[0]
+            return contexts
+
+        return Prepared(call, {"x": sweep_inputs(shape, site.source())["x"], **weights})
+
+    yield Entry("recurrent layer", kind, "torch.nn", shape, prepare, _least(shape, site))
