@@ -6,6 +6,7 @@ wins over :func:`use_backend`, which wins over the automatic choice. A named bac
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -117,6 +118,25 @@ def devices() -> list[torch.device]:
     """The devices of this machine, the CPU first."""
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(cuda))]
+
+
+def process() -> tuple[int, int]:
+    """The number of this process and how many were launched together, as torchrun says; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def training_device() -> torch.device:
+    """The accelerator that this process trains on, or else the CPU."""
+    found = devices()
+    if len(found) == 1:
+        return found[0]
+    return found[1 + int(os.environ.get("LOCAL_RANK", 0)) % (len(found) - 1)]
+
+
+def accelerator_memory() -> float:
+    """GB (10^9 bytes) of the first accelerator, 0 without one."""
+    found = devices()
+    return torch.cuda.get_device_properties(found[1]).total_memory / 1e9 if len(found) > 1 else 0.0
 
 
 def build_info() -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,46 @@ class Run:
 
     ``config.yaml`` is written at once, with versions, seed, commit and devices under ``provenance``;
     ``metrics.jsonl`` starts empty, unless the run is to ``resume``. Files of an earlier run under the same
-    names are replaced.
+    names are replaced. With ``writes=False``, for all but one of several processes, nothing is written.
     """
 
     def __init__(
-        self, out: Path | str, config: Mapping[str, Any], *, seed: int, resume: bool = False
+        self,
+        out: Path | str,
+        config: Mapping[str, Any],
+        *,
+        seed: int,
+        resume: bool = False,
+        writes: bool = True,
     ) -> None:
         import yaml
 
-        self.out = Path(out)
+        self.out, self.writes = Path(out), writes
+        self.metrics = self.out / "metrics.jsonl"
+        if not writes:
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({**config, "provenance": provenance(seed)}, sort_keys=False)
         self.text("config.yaml", text)
-        self.metrics = self.out / "metrics.jsonl"
         if not (resume and self.metrics.exists()):
             self.text("metrics.jsonl", "")
 
     def log(self, **row: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        if not self.writes:
+            return
+        with _told(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; one that was cut off while it was written is left out."""
+        lines = self.metrics.read_text(encoding="utf-8").split("\n") if self.metrics.exists() else []
+        return [json.loads(line) for line in lines[:-1]]
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of ``metrics.jsonl`` after ``step``, which will be written again."""
+        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        self.text("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def result(self, name: str, data: Any) -> Path:
         """Write ``data`` as JSON under ``name``."""
@@ -51,13 +72,25 @@ class Run:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> Path:
         path = self.out / name
+        if not self.writes:
+            return path
         temporary = path.with_name(f".{name}.{os.getpid()}")
         try:
-            write(temporary)
-            os.replace(temporary, path)
+            with _told(path):
+                write(temporary)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Let a failure to write name ``path``; a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ LAYERS = (
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 COMPILED = {"kernels", "_C"}
 MAX_LINES = 450
-ROWS_DUE = (*range(68, 78), 79, 80, 85)
+ROWS_DUE = (*range(57, 78), *range(79, 82), *range(83, 86))
 
 
 def room_of(name: str) -> str:

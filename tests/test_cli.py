@@ -120,7 +120,7 @@ def test_unknown_commands_name_the_nearest(capsys: Captured) -> None:
     assert message.startswith("'covert' is no command: it must be one of demo, train, ")
     assert message.endswith("; did you mean 'convert'?")
     assert failure(capsys, "data", "gt") == (
-        "'gt' is no command of 'newllm data': it must be one of list, get; did you mean 'get'?"
+        "'gt' is no command of 'newllm data': it must be one of list, get, sources; did you mean 'get'?"
     )
     assert failure(capsys, "doctor", "--verbos") == "--verbos is no option of 'newllm doctor'"
 
@@ -314,6 +314,14 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
 # chat
 
 
+@pytest.fixture(params=["senri", "llama"])
+def talker(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A model of each kind: with a state of constant size, and with a cache that grows."""
+    made = tiny_senri(vocab_size=264) if request.param == "senri" else tiny_base("smollm", vocab_size=264)
+    save_model(made, tokenizer(), tmp_path / "talker")
+    return str(tmp_path / "talker")
+
+
 def chatted(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, senri: str, *lines: str
 ) -> tuple[list[str], str]:
@@ -324,26 +332,35 @@ def chatted(
     return said.out.splitlines(), said.err
 
 
-def test_chat_is_one_stream_until_reset(
-    senri: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+def test_row_66_chat_is_one_stream_until_reset(
+    talker: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    one, _ = chatted(monkeypatch, capsys, senri, "Hello", "And you?")
-    two, _ = chatted(monkeypatch, capsys, senri, "Hello", "", "And you?", "reset", "Hello", "quit", "Hello")
+    one, _ = chatted(monkeypatch, capsys, talker, "Hello", "And you?")
+    two, _ = chatted(monkeypatch, capsys, talker, "Hello", "", "And you?", "reset", "Hello", "quit", "Hello")
     assert two == [*one, *two[-1:]]
     assert "".join(two).startswith("".join(one))
-    fresh, _ = chatted(monkeypatch, capsys, senri, "Hello", "exit")
+    fresh, _ = chatted(monkeypatch, capsys, talker, "Hello", "exit")
     assert "".join(two).endswith("".join(fresh))
 
 
-def test_chat_is_kept_in_a_file(
-    senri: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+def test_row_66_chat_is_kept_in_a_file(
+    talker: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
 ) -> None:
     kept = tmp_path / "my chat"
-    straight, _ = chatted(monkeypatch, capsys, senri, "Hello", "And you?")
-    first, _ = chatted(monkeypatch, capsys, senri, "Hello", f"save {kept}")
-    after, errors = chatted(monkeypatch, capsys, senri, f"load {kept}x", f"load {kept}", "And you?")
+    straight, _ = chatted(monkeypatch, capsys, talker, "Hello", "And you?")
+    first, _ = chatted(monkeypatch, capsys, talker, "Hello", f"save {kept}")
+    after, errors = chatted(monkeypatch, capsys, talker, f"load {kept}x", f"load {kept}", "And you?")
     assert "".join(first + after) == "".join(straight)
     assert f"newllm: there is no session file {kept}x" in errors
+
+
+def test_row_66_a_full_model_says_so(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """A model of 256 positions; the conversation goes on after a reset."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 60}\nreset\nHello\n"))
+    assert main(["chat", base, "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    said = capsys.readouterr()
+    assert "the model reads 256: reset it" in said.err
+    assert said.out.strip()
 
 
 def test_turns_of_a_template_are_fed_one_by_one() -> None:

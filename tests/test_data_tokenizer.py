@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from newllm.data.packing import ordered_chunks, random_blocks
+from newllm.data.packing import random_blocks
 from newllm.data.tokenizer import KEY_TOKEN, QUESTION_TOKEN, SPECIAL_TOKENS, byte_tokenizer, encode
 
 SHARED = byte_tokenizer()
@@ -106,10 +106,6 @@ def test_random_blocks_come_from_everywhere_and_from_the_seed():
     assert random_blocks(ids, 10, 2, torch.Generator()).tolist() == [list(range(10))] * 2
 
 
-def test_ordered_chunks_give_every_token_once():
-    assert [chunk.tolist() for chunk in ordered_chunks(torch.arange(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 @pytest.mark.parametrize(
     ("ids", "length", "message"),
     [
@@ -121,5 +117,3 @@ def test_ordered_chunks_give_every_token_once():
 def test_packing_refuses_what_does_not_fit(ids, length, message):
     with pytest.raises(ValueError, match=message):
         random_blocks(ids, length, 1, torch.Generator())
-    with pytest.raises(ValueError, match=message):
-        ordered_chunks(ids, length)

@@ -23,7 +23,7 @@ from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
 from newllm.training.dilution import dilution_weights, ramp
 from newllm.training.groups import parameter_groups
 from newllm.training.scratch import scratch_model, window_only
-from newllm.training.trainer import SenriTrainer
+from newllm.training.trainer import LanguageTrainer
 
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, heads=2, window=8, memory_layers=[1])
 TASK = TaskConfig(lengths=[16, 32], tokens_per_step=128, max_rows=6, dilution=8)
@@ -47,11 +47,11 @@ def trained(
 ) -> SenriForCausalLM:
     made, _ = scratch_model(model, seed=config.seed)
     run = Run(out, {}, seed=config.seed, resume=resume)
-    trainer = SenriTrainer(made, batches(steps=config.steps), config, run, progress=False)
+    trainer = LanguageTrainer(made, batches(steps=config.steps), config, run, progress=False)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=resume)
-    assert trainer.interrupted == any(isinstance(callback, PressCtrlC) for callback in callbacks)
+    trainer.fit(resume=resume)
+    assert bool(trainer.interrupted) == any(isinstance(callback, PressCtrlC) for callback in callbacks)
     return made
 
 
@@ -209,7 +209,7 @@ def test_accumulated_batches_weigh_alike(tmp_path: Path) -> None:
     """Two batches of a step give the mean of their gradients, whatever their number of answers."""
     made, _ = scratch_model(SMALL, seed=0)
     data = batches(steps=2)
-    trainer = SenriTrainer(made, data, TrainConfig(steps=1), Run(tmp_path, {}, seed=0), progress=False)
+    trainer = LanguageTrainer(made, data, TrainConfig(steps=1), Run(tmp_path, {}, seed=0), progress=False)
     losses = [float(trainer.compute_loss(made, data.batch(step)).detach()) for step in range(2)]
     seen: list[float] = []
 
@@ -218,9 +218,9 @@ def test_accumulated_batches_weigh_alike(tmp_path: Path) -> None:
             seen.extend(logs[name] for name in ("loss",) if name in logs)
 
     config = TrainConfig(steps=1, accumulation=2, log_steps=1)
-    trainer = SenriTrainer(made, data, config, Run(tmp_path, {}, seed=0), progress=False)
+    trainer = LanguageTrainer(made, data, config, Run(tmp_path, {}, seed=0), progress=False)
     trainer.add_callback(Keep())
-    trainer.train()
+    trainer.fit()
     assert seen[0] == pytest.approx(sum(losses) / 2)
 
 

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
-    "train": "train a Senri model",
+    "train": "train a model on any text, with nothing lost",
     "eval": "perplexity by position, recall of passkeys",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
-    "chat": "talk with a model whose state never grows",
+    "chat": "talk with a model",
     "data": "texts and models that can be fetched",
     "bench": "times of the operators beside what could be used instead",
     "doctor": "versions, devices, and which implementation each operator takes",

@@ -1,8 +1,9 @@
-"""``newllm chat``: a conversation of any length with a state of constant size."""
+"""``newllm chat``: a conversation with a model of any family."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,21 @@ from newllm.cli.loading import Dtype
 if TYPE_CHECKING:
     import torch
 
+    from newllm.cli.turns import Stream
     from newllm.models.sampling import Sampling
-    from newllm.models.session import Session
 
 _HELP = "exit or quit ends, reset forgets everything, save PATH and load PATH keep the conversation"
 
 
 @dataclass
 class Options:
-    """Talk with a model that remembers by a state of constant size, not by reading everything again.
+    """Talk with a model; a Senri remembers by a state of constant size, any other by its own cache.
 
     Lines of the terminal, or of a script on stdin. exit and quit end, reset forgets everything, save PATH and
     load PATH keep the conversation in a file.
 
     Args:
-        model: Senri folder or hub id.
+        model: folder or hub id of a causal model.
         max_new_tokens: tokens of a reply at most.
         temperature: 0 always takes the likeliest token, more is more varied.
         top_k: sample from so many tokens (null: from all).
@@ -49,13 +50,12 @@ class Options:
 
 def run(options: Options) -> None:
     """Answer line by line until the end."""
-    from newllm.cli.loading import load
+    from newllm.cli.loading import load_stream
     from newllm.models.sampling import Sampling, generator
-    from newllm.models.session import Session
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
-    session, random = Session(model, tokenizer), generator(options.seed, model.device)
+    session = load_stream(options.model, dtype=options.dtype, device=options.device)
+    random = generator(options.seed, session.model.device)
     if sys.stdin.isatty():
         print(_HELP)
     while (line := _line()) is not None:
@@ -66,10 +66,12 @@ def run(options: Options) -> None:
                 return
             case ["reset"]:
                 session.reset()
-            case ["save" | "load" as verb, path]:
-                _keep(session, verb, path)
+            case ["save", path]:
+                _told(session.save, path)
+            case ["load", path]:
+                _told(session.load, path)
             case _:
-                _answer(session, line, options.max_new_tokens, sampling, random)
+                _told(_answer, session, line, options.max_new_tokens, sampling, random)
 
 
 def _line() -> str | None:
@@ -79,15 +81,15 @@ def _line() -> str | None:
         return None
 
 
-def _keep(session: Session, verb: str, path: str) -> None:
-    """Save or load; a failure is told and leaves the conversation as it was."""
+def _told(do: Callable[..., None], *arguments: Any) -> None:
+    """Do it; a failure is told, and the conversation goes on."""
     try:
-        session.save(path) if verb == "save" else session.load(path)
+        do(*arguments)
     except (OSError, ValueError) as error:
         print(f"newllm: {error}", file=sys.stderr)
 
 
-def _answer(session: Session, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
+def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
     from newllm.cli.turns import feed_with_progress, first_turn, next_turn, reply, show
 
     tokenizer: Any = session.tokenizer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from newllm.cli.loading import Dtype
+from newllm.training.config import ConvertConfig
 
 if TYPE_CHECKING:
     from newllm.models.senri import SenriForCausalLM
@@ -15,7 +16,7 @@ _COMPARED = 64
 
 
 @dataclass
-class Options:
+class Options(ConvertConfig):
     """Give a Llama, SmolLM, Mistral, Qwen2 or Qwen3 checkpoint a sliding window and a memory.
 
     Within the window the result equals the base model exactly, which is checked; the memory's gates start
@@ -35,20 +36,8 @@ class Options:
 
     source: str
     out: str = field(kw_only=True)
-    window: int = 1024
-    segment: int | None = None
-    memory_layers: list[int] | None = None
-    gate: Literal["tanh", "sigmoid"] = "tanh"
-    rule: Literal["linear", "delta"] = "linear"
     dtype: Dtype = "auto"
     overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Find before any weights are read what would be found behind them."""
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
-        if self.segment is not None and not 1 <= self.segment <= self.window:
-            raise ValueError(f"segment must be between 1 and window ({self.window}), got {self.segment}")
 
 
 def run(options: Options) -> None:

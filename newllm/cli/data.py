@@ -1,4 +1,4 @@
-"""``newllm data list`` and ``newllm data get``: texts and models that can be fetched."""
+"""``newllm data``: texts and models that can be fetched, and what can be trained on."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class GetOptions:
     name: str
 
 
+@dataclass
+class SourcesOptions:
+    """Show what can be trained on by name, and what takes the place of a dataset that is out of reach."""
+
+
 def run_list(options: ListOptions) -> None:
     """Print the table."""
     from rich.console import Console
@@ -39,6 +44,24 @@ def run_get(options: GetOptions) -> None:
     from newllm.data.corpora import get
 
     print(get(options.name))
+
+
+def run_sources(options: SourcesOptions) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from newllm.data.corpora import CORPORA
+    from newllm.data.hub import HUB
+    from newllm.data.text import LOCAL
+
+    table = Table("name", "what", "from", "stand-in")
+    for name, source in HUB.items():
+        table.add_row(name, source.what, ", ".join(s.repo for s in source.sets), source.stand_ins[0])
+    own = {"embedded": "the Python language reference", "sentences": "500 generated sentences"}
+    for name in LOCAL:
+        table.add_row(name, own.get(name) or CORPORA[name].what, "this machine", "")
+    Console().print(table)
 
 
 def corpora_table() -> Table:
@@ -56,4 +79,8 @@ def corpora_table() -> Table:
     return table
 
 
-COMMANDS = {"list": Command(ListOptions, run_list), "get": Command(GetOptions, run_get)}
+COMMANDS = {
+    "list": Command(ListOptions, run_list),
+    "get": Command(GetOptions, run_get),
+    "sources": Command(SourcesOptions, run_sources),
+}

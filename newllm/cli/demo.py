@@ -94,7 +94,7 @@ def _recipe(options: Options) -> Recipe:
 
 def _train(model: Any, task: Any, recipe: Any, record: Any, name: str) -> None:
     from newllm.training.batches import NeedleBatches
-    from newllm.training.trainer import SenriTrainer
+    from newllm.training.trainer import LanguageTrainer
 
     record.log(model=name)
     batches = NeedleBatches(
@@ -104,8 +104,8 @@ def _train(model: Any, task: Any, recipe: Any, record: Any, name: str) -> None:
         steps=recipe.train.steps,
         seed=recipe.train.seed,
     )
-    trainer = SenriTrainer(model, batches, recipe.train, record)
-    trainer.train()
+    trainer = LanguageTrainer(model, batches, recipe.train, record)
+    trainer.fit()
     if trainer.interrupted:
         raise KeyboardInterrupt
     model.eval()

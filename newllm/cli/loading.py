@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from newllm.models.history import HistorySession
     from newllm.models.senri import SenriForCausalLM
+    from newllm.models.session import Session
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -17,6 +19,24 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_stream(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> Session | HistorySession:
+    """A conversation with the causal model in a folder or of a hub id, of whatever family.
+
+    A Senri keeps a state of constant size, any other model its own cache. Raises as :func:`load`, but for the
+    kind of the model.
+    """
+    from newllm.models.files import load_model, load_tokenizer, model_folder
+    from newllm.models.history import HistorySession
+    from newllm.models.senri import SenriForCausalLM
+    from newllm.models.session import Session
+
+    quiet()
+    folder = model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, dtype=dtype).to(checked_device(device)).eval()
+    return (Session if isinstance(loaded, SenriForCausalLM) else HistorySession)(loaded, tokenizer)
 
 
 def load(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[SenriForCausalLM, Any]:

@@ -15,7 +15,7 @@ from newllm.cli.presets import preset_path
 
 T = TypeVar("T")
 # The flags and keys that every command has besides its own.
-_COMMON = ("--config", "--print_config", "--help")
+_COMMON = ("--config", "--preset", "--print_config", "--help")
 
 
 @dataclass
@@ -53,13 +53,13 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=name, description=summary(kind), exit_on_error=False)
-    help = "YAML file of options, or the name of a preset; later flags win"
+    help = "YAML file of options, or the name of a preset (--preset NAME is the same); later flags win"
     parser.add_argument("--config", action=ActionConfigFile, help=help)
     options = list(_options(kind))
     for option in options:
         _add(parser, option)
     _check_flags(words, options, name)
-    words = _with_config_files(words)
+    words = _with_config_files(words, name)
     for word, file in pairwise(words):
         if word == "--config":
             _check_keys(Path(file), [option.key for option in options])
@@ -124,14 +124,18 @@ def _check_flags(words: list[str], options: list[Option], name: str) -> None:
             raise ValueError(f"{flag} is no option of {name!r}{_nearest(flag, flags)}")
 
 
-def _with_config_files(words: list[str]) -> list[str]:
+def _with_config_files(words: list[str], command: str) -> list[str]:
     """``words`` with the file behind each ``--config`` as a word of its own, presets by their path."""
     found: list[str] = []
     for word in words:
-        found += ["--config", word.partition("=")[2]] if word.startswith("--config=") else [word]
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "--preset"):
+            found += ["--config", value] if equals else ["--config"]
+        else:
+            found.append(word)
     for place, (word, name) in enumerate(pairwise(found), 1):
         if word == "--config" and not Path(name).suffix and not Path(name).is_file():
-            found[place] = str(preset_path(name))
+            found[place] = str(preset_path(name, command))
     return found
 
 

@@ -1,88 +1,248 @@
-"""``newllm train``: a Senri from scratch, or a converted one."""
+"""``newllm train senri`` and ``newllm train hf``: from any text to a trained model, with nothing lost."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import signal
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
+from newllm.cli import Command
+from newllm.data.sources import Offline
+from newllm.training.config import (
+    ConvertConfig,
+    ModelConfig,
+    SourceConfig,
+    StreamConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
-@dataclass
-class Options:
-    """Train a Senri model on text in which keys are hidden and asked for.
-
-    Ctrl-C saves a checkpoint; --resume goes on from it. The preset ``demo`` is what ``newllm demo`` trains.
+@dataclass(kw_only=True)
+class CommonOptions:
+    """What every family's training is asked.
 
     Args:
-        base: Senri folder to train on (null: a byte-level model from scratch).
-        text: text to train on: a name, a file or a folder (see newllm data list).
-        out: folder of the run; the model is left in its model/.
-        resume: go on from the last checkpoint in the folder.
-        model: the model, when made from scratch.
-        task: what it is trained on.
+        data: what to train on: a name (see newllm data sources), a file or a folder.
+        offline: auto lets a stand-in take the place of a dataset out of reach, and says so; error does not.
+        tokenizer: of a new model: bytes, bpe:SIZE, words:SIZE, a folder or a hub id (null: the base's, or
+            bytes).
+        profile: the machine's, which sets what is null (auto: by the accelerator's memory).
+        out: folder of the run.
+        resume: go on from the newest intact checkpoint in the folder, from the start where there is none.
+        overwrite: begin anew in the folder of an unfinished run.
+        launch: processes to train in, one per GPU.
+        source: which documents are read.
+        stream: what batches are made of.
+        task: the curriculum of stream.kind needles.
         train: how it is trained.
     """
 
-    base: str | None = None
-    text: str = "embedded"
+    data: str = "embedded"
+    offline: Offline = "auto"
+    tokenizer: str | None = None
+    profile: str = "auto"
     out: str = "runs/train"
     resume: bool = False
-    model: ModelConfig = field(default_factory=ModelConfig)
+    overwrite: bool = False
+    launch: int = 1
+    source: SourceConfig = field(default_factory=SourceConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def run(options: Options) -> int:
-    """Train, and leave model, metrics and configuration in the run's folder."""
-    from newllm.backend import devices
-    from newllm.data.text import load_text
-    from newllm.models.files import save_model
-    from newllm.runs import Run
-    from newllm.training.batches import NeedleBatches
-    from newllm.training.trainer import SenriTrainer
+@dataclass(kw_only=True)
+class SenriOptions(CommonOptions):
+    """Train a Senri model: from scratch, on from a Senri folder, or a Llama-family checkpoint converted.
 
-    checkpoints = Path(options.out) / "checkpoints"
-    if options.resume and not any(checkpoints.glob("checkpoint-*")):
-        raise FileNotFoundError(f"resume needs a checkpoint in {checkpoints}, and there is none")
-    text = load_text(options.text)
-    model, tokenizer, task = _parts(options, text.text)
-    model.to(devices()[-1])
-    batches = NeedleBatches(
-        task,
-        options.task,
-        segment=model.config.segment,
-        steps=options.train.steps * options.train.accumulation,
-        seed=options.train.seed,
-    )
-    source = {"name": text.name, "characters": len(text.text), "sha256": text.sha256}
-    record = Run(
-        options.out, {**asdict(options), "text": source}, seed=options.train.seed, resume=options.resume
-    )
-    trainer = SenriTrainer(model, batches, options.train, record)
-    trainer.train(resume_from_checkpoint=options.resume)
+    Leaves best/ (by the validation text, with --train.eval-steps), last/, metrics.jsonl, training_curves.png
+    and summary.md. Ctrl-C and SIGTERM save a checkpoint; --resume goes on from the newest.
+
+    Args:
+        base: folder, hub id, GGUF file or fetched model to train on (null: a new model).
+        model: the model, when new.
+        convert: the window and memory of a base that has none.
+    """
+
+    base: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+
+
+@dataclass
+class HfOptions(CommonOptions):
+    """Train any causal model of transformers as it is, beside Senri: the same data, logs and checkpoints.
+
+    Args:
+        base: folder or hub id of the model.
+    """
+
+    base: str
+
+
+class Parts(NamedTuple):
+    """A model, its tokenizer, and the segment of its memory (None: it has none)."""
+
+    model: Any
+    tokenizer: Any
+    segment: int | None
+
+
+def run_senri(options: SenriOptions) -> int:
+    """Train, and leave everything in the run's folder."""
+
+    def parts(corpus: Any) -> Parts:
+        from newllm.cli.loading import source_path
+        from newllm.modules import InfiniAttention
+        from newllm.training.assemble import chosen_tokenizer, senri_base
+        from newllm.training.scratch import scratch_model
+
+        seed = options.train.seed
+        if options.base is None:
+            model, tokenizer = scratch_model(
+                options.model, seed=seed, tokenizer=chosen_tokenizer(options.tokenizer, corpus)
+            )
+        else:
+            model, tokenizer = senri_base(source_path(options.base), options.convert, seed=seed)
+        for module in model.modules():
+            if isinstance(module, InfiniAttention):
+                module.bptt_segments = options.stream.bptt_segments
+        return Parts(model, tokenizer, model.config.segment)
+
+    return _train(options, ["train", "senri"], parts)
+
+
+def run_hf(options: HfOptions) -> int:
+    """The same for another model."""
+
+    def parts(corpus: Any) -> Parts:
+        from newllm.training.assemble import plain_base
+
+        return Parts(*plain_base(options.base), None)
+
+    return _train(options, ["train", "hf", options.base], parts)
+
+
+def _train(options: Any, words: list[str], make_parts: Any) -> int:
+    from newllm.backend import process
+    from newllm.cli.loading import quiet
+    from newllm.training.launch import launch
+
+    rank, processes = process()
+    if options.launch < 1:
+        raise ValueError(f"launch must be at least 1, got {options.launch}")
+    out = Path(options.out)
+    if options.resume and (out / "last").is_dir():
+        print(f"the run in {out} is finished: its model is in {out / 'last'}")
+        return 0
+    if rank == 0:
+        _check_unfinished(out, options)
+    if options.launch > 1 and processes == 1:
+        by_place = {"base"} if words[1] == "hf" else set()
+        handed = {key: value for key, value in asdict(options).items() if key not in by_place}
+        launch(words, {**handed, "launch": 1}, out, options.launch)
+    quiet()
+    return _fit(options, make_parts, rank, processes)
+
+
+def _check_unfinished(out: Path, options: Any) -> None:
+    """Refuse to lose a run that was cut off."""
+    from newllm.training.checkpoints import Checkpoints
+
+    steps = Checkpoints(out / "checkpoints").steps()
+    if steps and not (out / "last").is_dir() and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"out {out} holds an unfinished run at step {steps[-1]}: --resume goes on from it, "
+            "--overwrite begins anew"
+        )
+
+
+def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
+    from newllm.backend import accelerator_memory, training_device
+    from newllm.runs import provenance
+    from newllm.training.assemble import make_streams, read_corpus
+    from newllm.training.profiles import find_profile, rate_for_size, rows_for_length
+    from newllm.training.trainer import LanguageTrainer
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    corpus = read_corpus(options.data, options.source, offline=options.offline)
+    say(corpus.said())
+    model, tokenizer, segment = make_parts(corpus)
+    model.to(training_device())
+    profile_name, profile = find_profile(options.profile, accelerator_memory())
+    rows = options.stream.rows or rows_for_length(profile, options.stream.length)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lr = options.train.lr
+    config = replace(options.train, lr=rate_for_size(profile.lr, parameters) if lr is None else lr)
+    streams = make_streams(
+        corpus, tokenizer, options.stream, options.task, config, rows=rows, segment=segment,
+        processes=processes, progress=rank == 0,
+    )  # fmt: skip
+    data = {**corpus.record(), **streams.facts}
+    shape = {"type": model.config.model_type, "parameters": parameters}
+    say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in streams.facts.items()))
+    say(f"model: {shape['type']}, {parameters:,} parameters")
+    say(f"profile {profile_name}: {rows} rows of {options.stream.length} tokens, lr {config.lr:g}")
+    record = _record(options, {"data_read": data, "model_made": shape, "profile_used": profile_name}, rank)
+    made = provenance(config.seed)
+    say(f"commit {made['commit']}, torch {made['torch']}, {made['devices']}; the run is in {record.out}")
+    trainer = LanguageTrainer(
+        model, streams.train, config, record, validation=streams.validation, tokenizer=tokenizer,
+        carry=streams.carry,
+    )  # fmt: skip
+    for complaint in trainer.fit(resume=options.resume):
+        say(f"newllm: {complaint}")
     if trainer.interrupted:
-        print(f"interrupted after step {trainer.state.global_step}; --resume goes on from {checkpoints}")
-        return 130
-    save_model(model, tokenizer, record.out / "model", overwrite=True)
-    print(f"the model is in {record.out / 'model'}, its metrics in {record.metrics}")
+        number = signal.Signals(trainer.interrupted)
+        step, folder = trainer.state.global_step, trainer.checkpoints.folder
+        say(f"{number.name} after step {step}; --resume goes on from {folder}")
+        return 128 + number
+    if rank == 0:
+        _finish(record, trainer, shape, data)
     return 0
 
 
-def _parts(options: Options, text: str) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and passkey task."""
-    from newllm.data.passkey import byte_passkey, text_passkey
-    from newllm.data.tokenizer import is_byte_tokenizer
-    from newllm.models.files import load_model, load_tokenizer
-    from newllm.training.scratch import scratch_model
+def _record(options: Any, facts: dict[str, Any], rank: int) -> Any:
+    """The run's folder; a run that is not resumed loses what lay there."""
+    import shutil
 
-    if options.base is None:
-        model, tokenizer = scratch_model(options.model, seed=options.train.seed)
-    else:
-        model, tokenizer = load_model(options.base, dtype="float32"), load_tokenizer(options.base)
-    digits = options.task.key_length
-    task = (
-        byte_passkey(text, digits) if is_byte_tokenizer(tokenizer) else text_passkey(tokenizer, text, digits)
+    import yaml
+
+    from newllm.runs import Run
+
+    out = Path(options.out)
+    before = out / "config.yaml"
+    if options.resume and before.is_file():
+        old = (yaml.safe_load(before.read_text(encoding="utf-8")) or {}).get("data_read", {})
+        for part in ("train", "validation"):
+            if old.get(part, facts["data_read"][part])["sha256"] != facts["data_read"][part]["sha256"]:
+                raise ValueError(f"resume needs the same {part} text as before, which was of {old['read']}")
+    elif rank == 0 and not options.resume:
+        for name in ("checkpoints", "best", "last"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    return Run(
+        out, {**asdict(options), **facts}, seed=options.train.seed, resume=options.resume, writes=rank == 0
     )
-    return model, tokenizer, task
+
+
+def _finish(record: Any, trainer: Any, shape: dict[str, Any], data: dict[str, Any]) -> None:
+    """Curves, summary, and where to find them."""
+    from newllm.runs import provenance
+    from newllm.training.outputs import CURVES, SUMMARY, curves, summary
+
+    rows = record.rows()
+    facts = {"steps": trainer.state.global_step, **provenance(trainer.config.seed)}
+    record.plot(CURVES, curves(rows))
+    flat = {name: value for name, value in data.items() if not isinstance(value, dict)}
+    record.text(SUMMARY, summary(rows, model=shape, data=flat, facts=facts))
+    best = record.out / "best"
+    kept = f"{best} (best) and {record.out / 'last'}" if best.is_dir() else record.out / "last"
+    print(f"the model is in {kept}; {record.metrics}, {record.out / CURVES}, {record.out / SUMMARY}")
+
+
+COMMANDS = {"senri": Command(SenriOptions, run_senri), "hf": Command(HfOptions, run_hf)}

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from newllm.models.history import HistorySession
     from newllm.models.sampling import Sampling
     from newllm.models.session import Session
+
+    Stream = Session | HistorySession
 
 # Turns for models without a chat template of their own.
 _HUMAN, _ASSISTANT = "Human:", "Assistant:"
@@ -53,7 +56,7 @@ def _templated(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def feed_with_progress(session: Session, ids: torch.Tensor) -> None:
+def feed_with_progress(session: Stream, ids: torch.Tensor) -> None:
     """Read ``ids``, with a bar when they are many."""
     from tqdm import tqdm
 
@@ -63,7 +66,7 @@ def feed_with_progress(session: Session, ids: torch.Tensor) -> None:
             bar.update(len(part))
 
 
-def reply(session: Session, *, tokens: int, sampling: Sampling, generator: torch.Generator) -> Iterator[int]:
+def reply(session: Stream, *, tokens: int, sampling: Sampling, generator: torch.Generator) -> Iterator[int]:
     """The tokens of a reply: until the model ends it, or writes the human's next message itself."""
     tokenizer: Any = session.tokenizer
     stop = _HUMAN if tokenizer.chat_template is None else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,15 +15,6 @@ def random_blocks(ids: Tensor, length: int, samples: int, generator: torch.Gener
     _check(ids, length)
     starts = torch.randint(len(ids) - length + 1, (samples, 1), generator=generator, device=generator.device)
     return ids[starts.to(ids.device) + torch.arange(length, device=ids.device)]
-
-
-def ordered_chunks(ids: Tensor, length: int) -> Iterator[Tensor]:
-    """The pieces of ``ids [N]`` one after the other, each ``[length]``, the last one maybe shorter.
-
-    Raises ValueError where N < ``length``, before the first piece is asked for.
-    """
-    _check(ids, length)
-    return iter(ids.split(length))
 
 
 def _check(ids: Tensor, length: int) -> None:

@@ -1,17 +1,21 @@
-"""Texts by name: the embedded corpus, fetched corpora, files and folders."""
+"""Texts that lie on this machine, by name: embedded, generated, fetched, files and folders."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 from newllm.data.corpora import corpus_path, is_fetched
+from newllm.data.documents import Documents, documents, numbered
 from newllm.data.readers import READERS, read_corpus
+from newllm.data.sentences import sentences
 
-EMBEDDED = "embedded"
-_SEPARATOR = "\n\n"
+EMBEDDED, SENTENCES = "embedded", "sentences"
+LOCAL = (EMBEDDED, SENTENCES, *READERS)
+"""Names of texts that need no hub."""
 
 
 class Text(NamedTuple):
@@ -29,6 +33,41 @@ def embedded_corpus() -> Text:
     text differs between Python versions: record ``sha256`` beside results. Raises FileNotFoundError
     where the interpreter was packaged without it.
     """
+    return load_text(EMBEDDED)
+
+
+def load_text(source: str, *, cache_dir: Path | str | None = None) -> Text:
+    """All of :func:`load_documents` as one text, an empty line between two documents."""
+    text = load_documents(source, cache_dir=cache_dir).joined()
+    return Text(source, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def load_documents(source: str, *, column: str = "text", cache_dir: Path | str | None = None) -> Documents:
+    """The documents named ``source``.
+
+    ``source`` is ``"embedded"`` (the interpreter's language reference), ``"sentences"`` (500 generated
+    ones), a fetched corpus (``"austen"``, ``"shakespeare"``, ``"kjv"``, ``"chitchat"``), one text of it
+    (``"austen:northangerabbey"``), a text file, a JSONL file whose lines have ``column``, or a folder of
+    ``*.txt`` and ``*.jsonl`` files. Files are UTF-8. ``cache_dir`` is where corpora were fetched to.
+    Raises ValueError for an unknown name, a file that is not text or a line without the column,
+    FileNotFoundError for a file that is not there or a corpus that is not fetched.
+    """
+    corpus, colon, part = source.partition(":")
+    if source == EMBEDDED:
+        return _embedded()
+    if source == SENTENCES:
+        return numbered(source, [sentence for _, sentence in sentences()])
+    if corpus in READERS:
+        return _from_corpus(source, corpus, part if colon else None, cache_dir)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(source, path, column)
+    if path.is_file():
+        return documents(source, *zip(*_from_file(path, column), strict=True))
+    raise unknown(source, LOCAL)
+
+
+def _embedded() -> Documents:
     try:
         from pydoc_data import topics
     except ModuleNotFoundError as error:
@@ -36,67 +75,62 @@ def embedded_corpus() -> Text:
             "this Python was packaged without its language reference (pydoc_data.topics); name another text, "
             "for example a file, or 'austen' after 'newllm data get austen'"
         ) from error
-    return _text(EMBEDDED, _SEPARATOR.join(topics.topics[name] for name in sorted(topics.topics)))
+    names = sorted(topics.topics)
+    return documents(EMBEDDED, names, (topics.topics[name] for name in names))
 
 
-def load_text(source: str, *, cache_dir: Path | str | None = None) -> Text:
-    """The text named ``source``.
-
-    ``source`` is ``"embedded"``, a fetched corpus (``"austen"``, ``"shakespeare"``, ``"kjv"``,
-    ``"chitchat"``: all its texts, an empty line between two), one text of it
-    (``"austen:northangerabbey"``), a text file, or a folder whose ``*.txt`` files are joined in the
-    order of their names. Files are UTF-8. ``cache_dir`` is where corpora were fetched to.
-    Raises ValueError for an unknown name or a file that is not text, FileNotFoundError for a file
-    that is not there or a corpus that is not fetched.
-    """
-    corpus, colon, part = source.partition(":")
-    if source == EMBEDDED:
-        return embedded_corpus()
-    if corpus in READERS:
-        return _text(source, _from_corpus(corpus, part if colon else None, cache_dir))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _text(source, _from_folder(path))
-    if path.is_file():
-        return _text(source, _from_file(path))
-    raise _unknown(source, corpus)
-
-
-def _text(name: str, text: str) -> Text:
-    return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
-
-
-def _from_corpus(corpus: str, part: str | None, cache_dir: Path | str | None) -> str:
+def _from_corpus(source: str, corpus: str, part: str | None, cache_dir: Path | str | None) -> Documents:
     if not is_fetched(corpus, cache_dir=cache_dir):
         raise FileNotFoundError(f"the text {corpus!r} is not fetched yet: newllm data get {corpus}")
     texts = read_corpus(corpus, corpus_path(corpus, cache_dir=cache_dir))
     if part is None:
-        return _SEPARATOR.join(texts.values())
+        return documents(source, texts, texts.values())
     if part not in texts:
         raise ValueError(f"{corpus!r} has no text {part!r}; the nearest is {_nearest(part, list(texts))!r}")
-    return texts[part]
+    return documents(source, [part], [texts[part]])
 
 
-def _from_folder(folder: Path) -> str:
-    files = sorted(folder.glob("*.txt"))
+def _from_folder(source: str, folder: Path, column: str) -> Documents:
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".txt", ".jsonl"))
     if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
-    return _SEPARATOR.join(_from_file(file) for file in files)
+        raise FileNotFoundError(f"the folder {folder} holds no .txt file and no .jsonl file")
+    found = [pair for file in files for pair in _from_file(file, column)]
+    return documents(source, *zip(*found, strict=True))
 
 
-def _from_file(path: Path) -> str:
+def _from_file(path: Path, column: str) -> list[tuple[str, str]]:
+    """Title and text of each document in a file."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the file {path} is not UTF-8 text (byte {error.start})") from error
+    if path.suffix != ".jsonl":
+        return [(path.name, text)]
+    lines = [(f"{path.name}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"the file {path} holds no line")
+    return [(title, _column(path, title, line, column)) for title, line in lines]
 
 
-def _unknown(source: str, corpus: str) -> Exception:
+def _column(path: Path, title: str, line: str, column: str) -> str:
+    where = f"{path.parent / title}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        has = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where} lacks the column {column!r} with a text; it has {has}")
+    return str(row[column])
+
+
+def unknown(source: str, known: tuple[str, ...]) -> Exception:
+    """What to raise for a ``source`` that is neither a known name nor a file."""
     if "/" in source or Path(source).suffix:
         return FileNotFoundError(f"there is no file or folder {source}")
-    known = [EMBEDDED, *READERS]
+    nearest = _nearest(source.partition(":")[0], list(known))
     return ValueError(
-        f"source {source!r} is no text, file or folder; the nearest name is {_nearest(corpus, known)!r} "
+        f"source {source!r} is no text, file or folder; the nearest name is {nearest!r} "
         f"among {', '.join(known)}"
     )
 

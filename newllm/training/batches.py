@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from newllm.data.packing import random_blocks
 from newllm.data.passkey import PasskeyTask, training_batch
@@ -14,7 +13,7 @@ from newllm.training.config import TaskConfig
 from newllm.training.dilution import dilution_weights, ramp
 
 
-class NeedleBatches(IterableDataset[dict[str, Tensor]]):
+class NeedleBatches:
     """``steps`` batches of text in which keys are hidden and asked for, along a curriculum of lengths.
 
     Each is a dict of ``input_ids [B, T]``, ``loss_weight [B, T]`` (what predicting a token counts; the
@@ -25,7 +24,6 @@ class NeedleBatches(IterableDataset[dict[str, Tensor]]):
     """
 
     def __init__(self, task: PasskeyTask, config: TaskConfig, *, segment: int, steps: int, seed: int) -> None:
-        super().__init__()
         longest = max(config.lengths)
         if len(task.filler) < longest:
             raise ValueError(f"text must hold at least {longest} tokens, one sample, got {len(task.filler)}")

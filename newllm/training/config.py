@@ -1,4 +1,4 @@
-"""What a training run of Senri is made of; one schema for YAML presets, flags and code."""
+"""What a training run is made of; one schema for YAML presets, flags and code."""
 
 from __future__ import annotations
 
@@ -35,6 +35,36 @@ class ModelConfig:
     rule: Literal["linear", "delta", "gamma"] = "linear"
 
 
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """The window and the memory that a Llama-family checkpoint is given.
+
+    Args:
+        window: keys that a query sees.
+        segment: tokens folded into the memory at once (null: the window).
+        memory_layers: layers with a memory (null: two of them, at thirds of the depth).
+        gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
+        rule: how the memory is written.
+    """
+
+    window: int = 1024
+    segment: int | None = None
+    memory_layers: list[int] | None = None
+    gate: Literal["tanh", "sigmoid"] = "tanh"
+    rule: Literal["linear", "delta"] = "linear"
+
+    def __post_init__(self) -> None:
+        """Find before any weights are read what would be found behind them.
+
+        Raises:
+            ValueError: for sizes that do not fit.
+        """
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.segment is not None and not 1 <= self.segment <= self.window:
+            raise ValueError(f"segment must be between 1 and window ({self.window}), got {self.segment}")
+
+
 @dataclass
 class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
@@ -63,38 +93,131 @@ class TaskConfig:
 
 
 @dataclass
+class SourceConfig:
+    """Which documents are read.
+
+    Args:
+        limit: training documents at most (null: all, or the dataset's usual number).
+        subset: a folder of the dataset, such as ``helpful-base`` of hh-rlhf.
+        column: the text's column in JSONL files.
+        validation: fixed, or a text file, which is written if it does not exist.
+        mirror: a folder of datasets as owner/name, read in place of the hub.
+        shuffle: seed that orders the documents (null: as they come).
+    """
+
+    limit: int | None = None
+    subset: str | None = None
+    column: str = "text"
+    validation: str = "fixed"
+    mirror: str | None = None
+    shuffle: int | None = None
+
+
+@dataclass
+class StreamConfig:
+    """What batches are made of.
+
+    Args:
+        kind: packed random blocks, ordered documents with a state that is carried, or needles: the curriculum
+            of task.
+        length: tokens of a row.
+        rows: rows of a batch on one device (null: the profile's tokens, by length).
+        needles: share of rows, or of ordered documents, that hide a key and ask for it.
+        answer_only: needles are learnt from their answers alone.
+        key_length: digits of a key.
+        bptt_segments: segments that gradients flow back through the memory in a batch (null: all).
+    """
+
+    kind: Literal["packed", "ordered", "needles"] = "packed"
+    length: int = 256
+    rows: int | None = None
+    needles: float = 0.01
+    answer_only: bool = False
+    key_length: int = 3
+    bptt_segments: int | None = None
+
+
+@dataclass
 class TrainConfig:
     """How a model is trained.
 
     Args:
         steps: optimiser steps.
-        lr: peak learning rate; it falls to a tenth along a cosine.
+        lr: peak learning rate (null: the profile's, by the size of the model).
         warmup_steps: steps in which the rate rises.
+        schedule: how it falls to a tenth.
         memory_multiplier: factor of the rate of gates and feature parameters.
         memory_layer_multiplier: factor of the rate of attention layers with a memory.
+        memory_first: steps in which only the layers with a memory learn.
+        memory_first_lr: peak rate of those steps (null: lr).
         weight_decay: decay of matrices.
         max_grad_norm: gradients are clipped to this norm.
+        clip_schedule: pairs of a share of the training and the norm until then, before max_grad_norm.
         accumulation: batches of a step.
         bf16: autocast to bfloat16.
+        fp16: autocast to float16 with a loss scale, on a GPU.
         checkpointing: recompute activations in the backward pass.
+        compile: torch.compile the model.
+        fsdp: shard the model over the processes of a launch, on GPUs, instead of copying it.
+        eval_steps: steps between looks at the validation text, 0 for none.
+        eval_batches: batches of such a look at most.
+        patience: looks without improvement after which the training ends (null: never).
+        min_delta: what counts as an improvement of the loss.
         save_steps: steps between checkpoints, 0 for none before the end.
+        keep: checkpoints that stay.
         log_steps: steps between log lines.
+        report_to: further logs: tensorboard, trackio, wandb.
         seed: seed of weights and data.
     """
 
     steps: int = 640
-    lr: float = 2e-3
+    lr: float | None = 2e-3
     warmup_steps: int = 50
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     memory_multiplier: float = 10.0
     memory_layer_multiplier: float = 1.0
+    memory_first: int = 0
+    memory_first_lr: float | None = None
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    clip_schedule: list[list[float]] = field(default_factory=list)
     accumulation: int = 1
     bf16: bool = False
+    fp16: bool = False
     checkpointing: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    eval_steps: int = 0
+    eval_batches: int = 32
+    patience: int | None = None
+    min_delta: float = 0.0
     save_steps: int = 0
+    keep: int = 3
     log_steps: int = 20
+    report_to: list[str] = field(default_factory=list)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would be found out only later.
+
+        Raises:
+            ValueError: for values out of range.
+        """
+        at_least = {"steps": 1, "accumulation": 1, "keep": 1, "log_steps": 1, "eval_batches": 1}
+        at_least |= {"warmup_steps": 0, "memory_first": 0, "eval_steps": 0, "save_steps": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.memory_first >= self.steps:
+            raise ValueError(
+                f"train.memory_first must be below train.steps ({self.steps}), got {self.memory_first}"
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("train.bf16 and train.fp16 must not both be set")
+        if self.patience is not None and (not self.eval_steps or self.patience < 1):
+            raise ValueError("train.patience must be at least 1 and needs train.eval_steps above 0")
+        if any(len(pair) != 2 for pair in self.clip_schedule):
+            raise ValueError(f"train.clip_schedule must hold pairs [share, norm], got {self.clip_schedule}")
 
 
 @dataclass
@@ -103,10 +226,12 @@ class Recipe:
 
     Args:
         model: the model.
-        task: what it is trained on.
+        stream: what batches are made of.
+        task: the curriculum of needles.
         train: how it is trained.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

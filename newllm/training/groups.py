@@ -9,6 +9,25 @@ from torch import nn
 MEMORY_MODULES = ("memory_gate", "memory_feature")
 
 
+def memory_owners(model: nn.Module) -> set[str]:
+    """Names of the attention layers with a memory."""
+    return {
+        name for name, module in model.named_modules() if getattr(module, "memory_gate", None) is not None
+    }
+
+
+def outside_memory(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that do not belong to attention layers with a memory.
+
+    Raises:
+        ValueError: for a model without a memory.
+    """
+    owners = tuple(f"{owner}." for owner in memory_owners(model))
+    if not owners:
+        raise ValueError("train.memory_first needs a model with a memory")
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(owners)]
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -23,9 +42,7 @@ def parameter_groups(
     ``lr * memory_multiplier`` and none. The other parameters of attention layers with a memory get
     ``lr * memory_layer_multiplier``. Empty groups are left out; each group has a ``name``.
     """
-    owners = {
-        name for name, module in model.named_modules() if getattr(module, "memory_gate", None) is not None
-    }
+    owners = memory_owners(model)
     rates = {"memory": lr * memory_multiplier, "memory_layer": lr * memory_layer_multiplier, "": lr}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

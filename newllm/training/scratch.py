@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from newllm.data.tokenizer import BYTES, SPECIAL_TOKENS, byte_tokenizer
+from newllm.data.tokenizer import byte_tokenizer
 from newllm.models.senri import SenriConfig, SenriForCausalLM
 from newllm.training.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Vocabularies are rounded up to a multiple of this, which matrix products like.
+_EVEN = 8
 
-def scratch_model(config: ModelConfig, *, seed: int) -> tuple[SenriForCausalLM, PreTrainedTokenizerBase]:
-    """A byte-level Senri with weights drawn from ``seed``, and its tokenizer.
+
+def scratch_model(
+    config: ModelConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[SenriForCausalLM, PreTrainedTokenizerBase]:
+    """A Senri with weights drawn from ``seed``, and its tokenizer (None: bytes).
 
     Raises ``ValueError`` for sizes that do not fit.
     """
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(seed)
     model = SenriForCausalLM(
         SenriConfig(
-            vocab_size=BYTES + len(SPECIAL_TOKENS),
+            vocab_size=_EVEN * math.ceil(len(tokenizer) / _EVEN),
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.layers,

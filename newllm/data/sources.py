@@ -1,0 +1,168 @@
+"""What can be trained on, by one name: hub datasets with their stand-ins, and texts of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from newllm.data.corpora import default_cache_dir, is_fetched
+from newllm.data.documents import Documents, numbered, split, without
+from newllm.data.hub import HUB, HubSource, hub_texts
+from newllm.data.readers import READERS
+from newllm.data.text import EMBEDDED, LOCAL, load_documents, unknown
+
+Offline = Literal["auto", "error"]
+SOURCES = (*HUB, *LOCAL)
+"""All names that :func:`open_source` knows besides files and folders."""
+
+# Corpora of books: which of them nobody trains on.
+_VALIDATION = {"austen": ("persuasion",)}
+_TEST = {"austen": ("northangerabbey",)}
+
+
+class Corpus(NamedTuple):
+    """What is trained on: ``train`` and ``validation`` documents that share no text.
+
+    ``asked`` is the name asked for; ``stand_in`` says why another text was ``read``, None if it was not.
+    """
+
+    asked: str
+    read: str
+    stand_in: str | None
+    train: Documents
+    validation: Documents
+
+    def said(self) -> str:
+        """One line for the screen: what was really read."""
+        sizes = ", ".join(
+            f"{name} {len(part.texts):,} documents, {part.characters:,} characters"
+            for name, part in (("training", self.train), ("validation", self.validation))
+        )
+        return f"{f'{self.stand_in}; ' if self.stand_in else ''}data: {self.read}: {sizes}"
+
+    def record(self) -> dict[str, object]:
+        """The same for a run's files."""
+        parts = {
+            name: {"documents": len(part.texts), "characters": part.characters, "sha256": part.sha256}
+            for name, part in (("train", self.train), ("validation", self.validation))
+        }
+        return {"asked": self.asked, "read": self.read, "stand_in": self.stand_in, **parts}
+
+
+def open_source(
+    name: str,
+    *,
+    offline: Offline = "auto",
+    limit: int | None = None,
+    subset: str | None = None,
+    column: str = "text",
+    validation: str = "fixed",
+    mirror: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+) -> Corpus:
+    """The documents named ``name``, in training and validation.
+
+    A hub dataset is taken from ``mirror``, from what was read before, or from the hub, which is asked once;
+    failing all, a stand-in of this machine takes its place and says so, unless ``offline`` is ``"error"``.
+    ``limit`` is the most training documents, ``subset`` a folder of the dataset, ``column`` the text's in
+    JSONL files. ``validation`` is ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or
+    a text file: read where it exists, written from the fixed choice where it does not.
+
+    Raises ``ValueError`` for unknown names and for ``validation="auto_split"``, which would test on what was
+    trained; ``ConnectionError`` for a dataset out of reach under ``offline="error"``; and as
+    :func:`newllm.data.text.load_documents` and :func:`newllm.data.hub.hub_texts`.
+    """
+    if offline not in get_args(Offline):
+        raise ValueError(f"offline must be one of {', '.join(get_args(Offline))}, got {offline!r}")
+    if validation == "auto_split":
+        raise ValueError(
+            "validation must not be 'auto_split': it would be cut from the training text; it must be 'fixed' "
+            "or a text file"
+        )
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    if name in HUB:
+        corpus = _from_hub(name, offline, limit, subset, mirror, cache)
+    elif name in LOCAL or name.partition(":")[0] in READERS or Path(name).expanduser().exists():
+        corpus = _local(name, column, cache)
+    else:
+        raise unknown(name, SOURCES)
+    corpus = corpus._replace(train=corpus.train.first(limit))
+    return corpus if validation == "fixed" else _with_file(corpus, Path(validation))
+
+
+def coverage(train: np.ndarray, validation: np.ndarray) -> dict[str, float]:
+    """How well the training ids cover the validation ids, both ``[N]``.
+
+    ``tokens`` is the share of validation tokens, ``types`` that of distinct ids, that occur in training.
+    """
+    known = np.unique(train)
+    if len(validation) == 0:
+        return {"tokens": 1.0, "types": 1.0}
+    return {
+        "tokens": float(np.isin(validation, known).mean()),
+        "types": float(np.isin(np.unique(validation), known).mean()),
+    }
+
+
+def _local(name: str, column: str, cache: Path) -> Corpus:
+    whole = load_documents(name, column=column, cache_dir=cache)
+    train, validation = split(whole, _VALIDATION.get(name, ()), _TEST.get(name, ()))
+    return Corpus(name, name, None, train, validation)
+
+
+def _from_hub(
+    name: str, offline: Offline, limit: int | None, subset: str | None, mirror: Path | str | None, cache: Path
+) -> Corpus:
+    source, failures = HUB[name], []
+    for chosen in source.sets:
+        most, validating = source.limits
+        wanted = most if limit is None else limit
+        try:
+            texts = hub_texts(
+                source, chosen, chosen.train, limit=wanted, subset=subset, mirror=mirror, cache_dir=cache
+            )
+            own = chosen.validation and hub_texts(
+                source, chosen, chosen.validation, limit=validating, subset=subset, mirror=mirror,
+                cache_dir=cache,
+            )  # fmt: skip
+        except OSError as error:
+            failures.append(f"{chosen.repo}: {' '.join(str(error).split())}")
+            continue
+        train = numbered(chosen.repo, texts)
+        if not own:
+            return Corpus(name, chosen.repo, None, *split(train))
+        held = numbered(chosen.repo, own)
+        return Corpus(name, chosen.repo, None, without(train, held), held)
+    if offline == "error" or mirror is not None:
+        raise ConnectionError(f"{name} is out of reach ({'; '.join(failures)})")
+    return _stand_in(name, source, cache)
+
+
+def _stand_in(name: str, source: HubSource, cache: Path) -> Corpus:
+    usable = [other for other in source.stand_ins if is_fetched(other, cache_dir=cache)]
+    other = usable[0] if usable else EMBEDDED
+    corpus = _local(other, "text", cache)
+    hint = "" if usable else f" (newllm data get {source.stand_ins[0]} gives a closer one)"
+    why = f"{name} could not be reached: using {other} in its place{hint}"
+    return corpus._replace(asked=name, stand_in=why)
+
+
+def _with_file(corpus: Corpus, path: Path) -> Corpus:
+    """``corpus`` with the validation documents of a file, which is written where it is missing."""
+    import os
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(corpus.validation.joined(), encoding="utf-8")
+        os.replace(temporary, path)
+        return corpus
+    held = load_documents(str(path))
+    known: Sequence[str] = held.texts
+    kept = [i for i, text in enumerate(corpus.train.texts) if not any(text in other for other in known)]
+    return corpus._replace(train=corpus.train.chosen(kept), validation=held)

@@ -1,0 +1,151 @@
+"""What happens between the steps of a training: logs, a bar, signals, clipping."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from newllm.modules.gate import MemoryGate
+from newllm.runs import Run
+from newllm.training.config import TrainConfig
+from newllm.training.schedules import clip_norm
+
+
+class Throughput:
+    """Tokens read since the training began, on all devices, and how fast."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._began = time.perf_counter()
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self.tokens, self._began = 0, time.perf_counter()
+
+    def rate(self) -> float:
+        """Tokens per second since :meth:`begin`."""
+        return self.tokens / max(1e-9, time.perf_counter() - self._began)
+
+
+class RunLog(TrainerCallback):
+    """Writes what the Trainer logs, and how far each memory's gates are open, to ``metrics.jsonl``."""
+
+    def __init__(self, run: Run, model: nn.Module, throughput: Throughput) -> None:
+        self.run, self.model, self.throughput = run, model, throughput
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """One line per logging step."""
+        if not state.is_world_process_zero:
+            return
+        logs = {name: value for name, value in (logs or {}).items() if name not in ("epoch", "total_flos")}
+        gates = {
+            f"gate/{name}": [round(g, 4) for g in module.openness().tolist()]
+            for name, module in self.model.named_modules()
+            if isinstance(module, MemoryGate)
+        }
+        if "loss" in logs:
+            logs["tokens_per_second"] = round(self.throughput.rate(), 1)
+        self.run.log(step=state.global_step, **logs, **gates)
+
+
+class Progress(TrainerCallback):
+    """A bar with tokens per second, time left and the latest losses."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar."""
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+            disable=not state.is_local_process_zero,
+        )  # fmt: skip
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Advance it."""
+        self.bar.set_postfix({**self.shown, "tokens/s": f"{self.throughput.rate():,.0f}"}, refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the losses."""
+        names = {"loss": "loss", "eval_loss": "validation"}
+        self.shown |= {names[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in names}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close it."""
+        self.bar.close()
+
+
+class Clipping(TrainerCallback):
+    """Sets the norm that gradients are clipped to, step by step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look it up."""
+        progress = state.global_step / self.config.steps
+        args.max_grad_norm = clip_norm(progress, self.config.clip_schedule, self.config.max_grad_norm)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C or SIGTERM saves a checkpoint and ends the training after the step at hand.
+
+    The same signal a second time does what it always does.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Listen; only a main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        signal.signal(number, self._before[number])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,57 @@
+"""The one loss and the one measurement of next-token prediction, for training and evaluation alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from newllm.data.streams import IGNORED
+
+_MAX_EXPONENT = 700.0
+
+
+def targets_of(batch: dict[str, Tensor]) -> Tensor:
+    """What follows each token, ``[B, T]``: the batch's own ``targets``, or its ids moved by one."""
+    if "targets" in batch:
+        return batch["targets"]
+    return F.pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORED)
+
+
+def batch_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy in nats of ``logits [B, T, V]``: the mean over the targets that count.
+
+    With ``loss_weight [B, T]``, by the token that is predicted, the weighted sum instead.
+    """
+    targets = targets_of(batch)
+    if "loss_weight" not in batch:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    weight = F.pad(batch["loss_weight"][:, 1:], (0, 1))
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return (losses * weight.flatten()).sum()
+
+
+def counts(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of losses, right guesses and number of targets, ``[3]`` float64, from ``logits [B, T, V]``."""
+    targets = targets_of(batch)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    valid = targets != IGNORED
+    right = ((logits.argmax(-1) == targets) & valid).sum()
+    return torch.stack([losses.double(), right.double(), valid.sum().double()])
+
+
+def metrics(sums: Any) -> dict[str, float]:
+    """Loss, perplexity and accuracy from summed :func:`counts`."""
+    loss, right, tokens = (float(value) for value in sums)
+    if tokens == 0:
+        raise ValueError("validation holds no token to predict")
+    mean = loss / tokens
+    perplexity = math.exp(mean) if mean < _MAX_EXPONENT else math.inf
+    return {"loss": mean, "perplexity": perplexity, "accuracy": right / tokens}

@@ -1,0 +1,132 @@
+"""The one-line scripts: they parse, run dry, take the options of the command, and stop only themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from newllm.cli.options import _options, parse
+from newllm.cli.train import SenriOptions
+from newllm.data.sources import SOURCES
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SHARED = EXAMPLES / "colab_train.sh"
+SCRIPTS = sorted(EXAMPLES.glob("colab_train*.sh"))
+
+
+def bash(*words: str | Path, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", *map(str, words)], cwd=cwd, input=stdin, capture_output=True, text=True, check=False
+    )
+
+
+def would_run(printed: str) -> list[list[str]]:
+    return [shlex.split(line)[2:] for line in printed.splitlines() if line.startswith("would run:")]
+
+
+def test_row_67_every_dataset_has_its_script() -> None:
+    assert [path.name for path in SCRIPTS] == sorted(
+        ["colab_train.sh", *(f"colab_train_{name}.sh" for name in SOURCES)]
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_row_67_scripts_parse_and_run_dry(script: Path, tmp_path: Path) -> None:
+    assert bash("-n", script, cwd=tmp_path).returncode == 0
+    name = script.stem.partition("colab_train_")[2]
+    words = ["--dry-run", "--train.steps", "7"]
+    done = bash(script, *words, cwd=tmp_path) if name else bash(script, "dolly", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    install, start = would_run(done.stdout)
+    assert install == ["python3", "-m", "pip", "install", "--quiet", str(EXAMPLES.parent)]
+    assert start[:5] == ["nohup", "python3", "-m", "newllm", "train"]
+    options = parse(SenriOptions, start[6:], name="newllm train senri")
+    assert options is not None
+    assert (options.data, options.train.steps, options.out) == (name or "dolly", 7, f"runs/{name or 'dolly'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_row_67_flags_equal_those_of_the_command(tmp_path: Path) -> None:
+    """All that the command knows passes through; the script's own flags are none of the command's."""
+    flags = [option.flag for option in _options(SenriOptions)]
+    done = bash(SHARED, "dolly", "--dry-run", *flags, cwd=tmp_path)
+    assert would_run(done.stdout)[-1][-len(flags) :] == flags
+    usage = SHARED.read_text().split("set -euo")[0]
+    own = set(re.findall(r"\[(--[\w-]+)", usage))
+    cases = {*re.findall(r"--[\w-]+", SHARED.read_text().split("case $1 in")[1].split("*)")[0])}
+    assert own == cases and not own & {*flags, "--config", "--preset"}
+
+
+def test_piped_script_fetches_the_code(tmp_path: Path) -> None:
+    """As from curl: no file of its own, so the repository is cloned, or renewed where it is."""
+    text = SHARED.read_text()
+    fresh = bash("-s", "--", "dolly", "--dry-run", "--ref", "x", cwd=tmp_path, stdin=text)
+    assert would_run(fresh.stdout)[0][:2] == ["git", "clone"]
+    (tmp_path / "newllm" / ".git").mkdir(parents=True)
+    again = would_run(bash("-s", "--", "dolly", "--dry-run", "--ref", "x", cwd=tmp_path, stdin=text).stdout)
+    assert again[0] == ["git", "-C", "newllm", "fetch", "--quiet", "--depth", "1", "origin", "x"]
+    assert again[1] == ["git", "-C", "newllm", "reset", "--quiet", "--hard", "FETCH_HEAD"]
+    assert again[2] == ["python3", "-m", "pip", "install", "--quiet", "newllm"]
+
+
+def test_scripts_refuse(tmp_path: Path) -> None:
+    nothing = bash(SHARED, cwd=tmp_path)
+    assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1)
+    assert "the first word must be a dataset" in nothing.stderr
+    assert bash(SHARED, "dolly", "--log", cwd=tmp_path).stderr == "colab_train.sh: --log needs a value\n"
+
+
+def test_script_starts_logs_and_stops_only_itself(tmp_path: Path) -> None:
+    """With pip and the training taken over by a stand-in for Python, which waits for its signal."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!{sys.executable}
+import signal, sys, time
+if "--print_config" in sys.argv and "--train.stepz" in sys.argv:
+    sys.exit("newllm: --train.stepz is no option")
+if "pip" in sys.argv or "--print_config" in sys.argv:
+    sys.exit()
+print("training", flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
+time.sleep(120)
+"""
+    )
+    python.chmod(0o755)
+    other = subprocess.Popen([python])
+    done = bash(EXAMPLES / "colab_train_dolly.sh", "--python", python, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stdout and "monitor: tail -f train-dolly.log" in done.stdout
+    pid = int(re.findall(r"stop: +kill (\d+) ", done.stdout)[0])
+    assert re.findall(r"kill\S* .*", SHARED.read_text()) == [
+        'kill $pid        (saves a checkpoint; the same line again goes on from it)"'
+    ]
+    os.kill(pid, signal.SIGTERM)
+    for _ in range(100):
+        if (tmp_path / "train-dolly.log").read_text() == "training\nsaved\n":
+            break
+        time.sleep(0.05)
+    assert (tmp_path / "train-dolly.log").read_text() == "training\nsaved\n"
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+    wrong = bash(SHARED, "dolly", "--python", python, "--train.stepz", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr) == (1, "newllm: --train.stepz is no option\n")
+
+
+def test_notebook_runs_existing_scripts_and_is_not_indented() -> None:
+    notebook = json.loads((EXAMPLES / "colab_train.ipynb").read_text())
+    cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    used = {name for cell in cells for name in re.findall(r"examples/(\S+\.sh)", cell)}
+    assert used and used <= {path.name for path in SCRIPTS}
+    assert [line for cell in cells for line in cell.splitlines() if line.startswith(" ")] == []
+    named = " ".join(cell["source"] for cell in notebook["cells"])
+    assert [name for name in SOURCES if name not in named] == []

@@ -1,0 +1,90 @@
+"""A training run killed without warning: the next start goes on, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training_parts import SENTENCE, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 160
+WORDS = [
+    "train", "senri", "--model.hidden-size", "16", "--model.intermediate-size", "32", "--model.window", "8",
+    "--stream.kind", "ordered", "--stream.length", "32", "--stream.rows", "2", "--train.steps", str(STEPS),
+    "--train.accumulation", "2", "--train.save-steps", "7", "--train.eval-steps", "20",
+    "--train.log-steps", "1", "--train.eval-batches", "4", "--resume",
+]  # fmt: skip
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """The training, begun or resumed, in a process of its own."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir()
+        for number in range(12):
+            (text / f"{number:02}.txt").write_text(SENTENCE[number:] * (number + 3))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "newllm", *WORDS, "--data", str(text), "--out", str(folder / name)],
+            cwd=ROOT, env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+def last_step(out: Path) -> int:
+    """The last whole line of the log."""
+    try:
+        return int(rows(out)[-1]["step"])
+    except (FileNotFoundError, IndexError, ValueError, KeyError):
+        return 0
+
+
+def finish(folder: Path, name: str) -> None:
+    process = start(folder, name)
+    assert process.wait(300) == 0, (folder / f"{name}.log").read_text()[-2000:]
+
+
+def killed_and_resumed(folder: Path, kills: int, seed: int) -> list[int]:
+    """Steps after which the training was killed, at random moments, before it was let to finish."""
+    lots = random.Random(seed)
+    share = (STEPS - 40) / kills
+    moments = [int(share * (kill + lots.random())) + 2 for kill in range(kills)]
+    found = []
+    for moment in moments:
+        process = start(folder, "killed")
+        while last_step(folder / "killed") < moment and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(lots.random() * 0.06)
+        process.kill()
+        assert process.wait(60) == -9, (folder / "killed.log").read_text()[-2000:]
+        found.append(last_step(folder / "killed"))
+    finish(folder, "killed")
+    return found
+
+
+def check(folder: Path, kills: int, seed: int = 0) -> None:
+    finish(folder, "whole")
+    steps = killed_and_resumed(folder, kills, seed)
+    assert sum(1 < step < STEPS for step in steps) >= 0.75 * kills, steps
+    for name in ("last", "best"):
+        weights = [(folder / run / name / "model.safetensors").read_bytes() for run in ("whole", "killed")]
+        assert weights[0] == weights[1], f"{name} differs after kills at {steps}"
+    logged = [[row for row in rows(folder / run) if "train_loss" not in row] for run in ("whole", "killed")]
+    assert logged[0] == logged[1]
+    assert [path.name for path in (folder / "killed" / "checkpoints").iterdir() if path.name[0] == "."] == []
+
+
+def test_two_kills_change_nothing(tmp_path: Path) -> None:
+    check(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    check(tmp_path, 20, seed=1)

@@ -1,0 +1,134 @@
+"""Several processes on one machine: the same losses as one process with as much accumulation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from newllm.testing import largest
+from newllm.training.launch import launched_command
+from tests.training_parts import SENTENCE, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def words(folder: Path, name: str, kind: str, *more: str) -> list[str]:
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir()
+        for number in range(12):
+            (text / f"{number:02}.txt").write_text(SENTENCE[number:] * (number + 3))
+    return [
+        sys.executable, "-m", "newllm.cli", "train", "senri",
+        "--data", str(text), "--out", str(folder / name),
+        "--model.hidden-size", "16", "--model.intermediate-size", "32", "--model.window", "8",
+        "--stream.kind", kind, "--stream.length", "32", "--stream.rows", "2", "--train.steps", "12",
+        "--train.warmup-steps", "2", "--train.eval-steps", "4", "--train.eval-batches", "6",
+        "--train.log-steps", "1", "--train.save-steps", "5", *more,
+    ]  # fmt: skip
+
+
+def run(folder: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def curve(out: Path, key: str) -> list[float]:
+    return [row[key] for row in rows(out) if key in row]
+
+
+def compare_with_one_process(folder: Path, kind: str) -> None:
+    run(folder, words(folder, "one", kind, "--train.accumulation", "2"))
+    run(folder, words(folder, "two", kind, "--launch", "2"))
+    for key in ("loss", "eval_loss"):
+        one, two = curve(folder / "one", key), curve(folder / "two", key)
+        assert len(one) == len(two) == {"loss": 12, "eval_loss": 3}[key]
+        # Two sums of two gradients round alike; what the log shows has four digits after the point.
+        assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-4
+    steps = {path.name for path in (folder / "two" / "checkpoints").iterdir()}
+    assert steps == {"checkpoint-5", "checkpoint-10", "checkpoint-12"}
+
+
+@pytest.mark.slow
+def test_two_ranks_read_packed_blocks_in_turns(tmp_path: Path) -> None:
+    compare_with_one_process(tmp_path, "packed")
+
+
+def test_two_ranks_train_as_one_process_stop_together_and_resume(tmp_path: Path) -> None:
+    """As one process with twice the accumulation; SIGTERM reaches both, and they agree on the step."""
+    compare_with_one_process(tmp_path, "ordered")
+    command = words(tmp_path, "cut", "ordered", "--launch", "2", "--resume")
+    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "cut" / "metrics.jsonl").exists() or not rows(tmp_path / "cut"):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert not (tmp_path / "cut" / "last").exists()
+    run(tmp_path, command)
+    weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("two", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_launched_command_is_torchrun() -> None:
+    command = launched_command(["train", "senri"], Path("x.yaml"), 4)
+    assert command[1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "newllm.cli", "train",
+        "senri", "--config", "x.yaml",
+    ]  # fmt: skip
+
+
+def _shard(rank: int, folder: str) -> None:
+    """One rank of two: losses of a sharded Senri beside those of a whole one."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from newllm.training.losses import batch_loss
+    from newllm.training.scratch import scratch_model
+    from tests.training_parts import SMALL, stream
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found: list[list[float]] = []
+    for sharded in (False, True):
+        model: Any = scratch_model(SMALL, seed=0)[0]
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for index in range(4):
+            batch = stream("packed").batch(index)
+            loss = batch_loss(model(batch["input_ids"], use_cache=False).logits, batch)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        found.append(losses)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_senri_learns_as_the_whole_one(tmp_path: Path) -> None:
+    """FSDP2 on two ranks that read the same batches: the mean of two equal gradients is the gradient."""
+    torch.multiprocessing.spawn(_shard, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        whole, sharded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        # A step may pass a rounding error on, three times.
+        bound = 64 * torch.finfo(torch.float32).eps * largest(torch.tensor(whole))
+        assert max(abs(a - b) for a, b in zip(whole, sharded, strict=True)) <= bound
+        assert whole[-1] != whole[0]
