@@ -12,8 +12,6 @@ struct ContextForwardArguments {
 
 struct ContextAdjointArguments {
     ContextAdjoint sweep;
-    const float* slope_product;   // [B, T, C]: W^T slope
-    const float* normed_product;  // [B, T, C]: W^T (slope normed)
     bool half;
 };
 

@@ -18,9 +18,9 @@ CudaSweepPlan plan_cluster(int64_t width, int64_t runs, int rows, int groups);
 template <class Arguments>
 const char* launch_cluster(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
 
-// Many rows (context_sweep_tensor.cuh).
+// Many rows, bfloat16 matrices (context_sweep_tensor.cuh).
 template <class Arguments>
-CudaSweepPlan plan_tensor(bool half, int64_t width, int64_t runs);
+CudaSweepPlan plan_tensor(int64_t width, int64_t runs);
 template <class Arguments>
 const char* launch_tensor(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
 

@@ -180,8 +180,8 @@ struct ContextAdjointRows {
             next.outer[s] = args.sweep.outer[at];
             next.slope[s] = args.sweep.slope[at];
             next.normed[s] = args.sweep.normed[at];
-            next.slope_product[s] = args.slope_product[at];
-            next.normed_product[s] = args.normed_product[at];
+            next.slope_product[s] = args.sweep.slope_product[at];
+            next.normed_product[s] = args.sweep.normed_product[at];
         }
         next.rstd = args.sweep.rstd[token];
         read -= place.width;

@@ -153,8 +153,9 @@ struct ContextAdjointStep {
     static __device__ __forceinline__ Column fetch(const Arguments& args, bool more, State& state) {
         if (!more || state.start < 0) return {};
         const int64_t at = state.read;
-        const Column column{args.sweep.outer[at],          args.sweep.slope[at],   args.sweep.normed[at],
-                            args.sweep.rstd[state.token], args.slope_product[at], args.normed_product[at]};
+        const ContextAdjoint& sweep = args.sweep;
+        const Column column{sweep.outer[at],          sweep.slope[at],         sweep.normed[at],
+                            sweep.rstd[state.token], sweep.slope_product[at], sweep.normed_product[at]};
         state.read -= args.sweep.width;
         state.token -= 1;
         return column;

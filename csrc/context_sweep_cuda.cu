@@ -9,17 +9,16 @@ namespace {
 
 constexpr int kTensorRowsTogether = 8;
 
-// Whether tensor cores would not be faster. In float32 these take three products for one.
-bool few(const CudaSweepPlan& plan, bool half) {
-    return plan.clusters <= plan.at_once && plan.rows * plan.groups <= (half ? 1 : 4);
-}
+// Whether every row has a cluster of its own, which tensor cores do not beat.
+bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && plan.rows * plan.groups == 1; }
 
 template <class Arguments>
 CudaSweepPlan choose(bool half, int64_t width, int64_t runs, int rows, int groups) {
-    if (rows == kTensorRowsTogether) return plan_tensor<Arguments>(half, width, runs);
+    if (rows == kTensorRowsTogether)
+        return half ? plan_tensor<Arguments>(width, runs) : refused("tensor cores take bfloat16 matrices only");
     const CudaSweepPlan cluster = plan_cluster<Arguments>(width, runs, rows, groups);
-    if (rows || groups || (cluster.kernel != nullptr && few(cluster, half))) return cluster;
-    const CudaSweepPlan tensor = plan_tensor<Arguments>(half, width, runs);
+    if (rows || groups || !half || (cluster.kernel != nullptr && few(cluster))) return cluster;
+    const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
     return tensor.kernel != nullptr ? tensor : cluster;
 }
 
@@ -50,9 +49,8 @@ const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPla
     return launch(ContextForwardArguments{sweep, call.half}, plan, call);
 }
 
-const char* context_adjoint_cuda(const ContextAdjoint& sweep, const float* slope_product, const float* normed_product,
-                                 const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch(ContextAdjointArguments{sweep, slope_product, normed_product, call.half}, plan, call);
+const char* context_adjoint_cuda(const ContextAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    return launch(ContextAdjointArguments{sweep, call.half}, plan, call);
 }
 
 }  // namespace newllm

@@ -32,9 +32,6 @@ CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64
 
 // Null, or what went wrong. Nothing waits for the device.
 const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call);
-
-// The two products of all tokens [B, T, L, C]: W^T slope and W^T (slope normed).
-const char* context_adjoint_cuda(const ContextAdjoint& sweep, const float* slope_product, const float* normed_product,
-                                 const CudaSweepPlan& plan, const CudaCall& call);
+const char* context_adjoint_cuda(const ContextAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call);
 
 }  // namespace newllm

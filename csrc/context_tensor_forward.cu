@@ -2,7 +2,7 @@
 
 namespace newllm {
 
-template CudaSweepPlan plan_tensor<ContextForwardArguments>(bool, int64_t, int64_t);
+template CudaSweepPlan plan_tensor<ContextForwardArguments>(int64_t, int64_t);
 template const char* launch_tensor(const ContextForwardArguments&, const CudaSweepPlan&, const CudaCall&);
 
 }  // namespace newllm

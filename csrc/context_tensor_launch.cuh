@@ -17,39 +17,36 @@ using Rows = std::conditional_t<std::is_same_v<Arguments, ContextForwardArgument
 // One compiled kernel: up to which width it goes, and what it needs.
 template <class Arguments>
 struct TensorVariant {
-    bool half;
     int width, cluster;
     size_t shared;
     void (*kernel)(Arguments, int*);
 };
 
-template <class Arguments, bool Half, int Strips, int Blocks, int Resident>
+template <class Arguments, int Strips, int Blocks, int Resident>
 constexpr TensorVariant<Arguments> tensor_variant() {
-    using Tile = TensorTile<Half, Strips, Blocks, Resident>;
-    return {Half, Blocks * Tile::kColumns, Blocks, TensorLayout<Tile>::total,
+    using Tile = TensorTile<Strips, Blocks, Resident>;
+    return {Blocks * Tile::kColumns, Blocks, TensorLayout<Tile>::total,
             sweep_tensor_kernel<Tile, Rows<Arguments, Strips>>};
 }
 
 // Narrow ones first: the first that is wide enough is taken.
 template <class Arguments>
-const TensorVariant<Arguments>* find_tensor_variant(bool half, int64_t width) {
+const TensorVariant<Arguments>* find_tensor_variant(int64_t width) {
     static const TensorVariant<Arguments> variants[] = {
-        tensor_variant<Arguments, true, 4, 4, 32>(),
-        tensor_variant<Arguments, true, 3, 8, 36>(),
-        tensor_variant<Arguments, true, 4, 8, 32>(),
-        tensor_variant<Arguments, false, 4, 4, 16>(),
-        tensor_variant<Arguments, false, 3, 8, 18>(),
+        tensor_variant<Arguments, 4, 4, 32>(),
+        tensor_variant<Arguments, 3, 8, 36>(),
+        tensor_variant<Arguments, 4, 8, 32>(),
     };
     for (const TensorVariant<Arguments>& candidate : variants)
-        if (candidate.half == half && candidate.width >= width) return &candidate;
+        if (candidate.width >= width) return &candidate;
     return nullptr;
 }
 
 }  // namespace
 
 template <class Arguments>
-CudaSweepPlan plan_tensor(bool half, int64_t width, int64_t runs) {
-    const auto* const variant = find_tensor_variant<Arguments>(half, width);
+CudaSweepPlan plan_tensor(int64_t width, int64_t runs) {
+    const auto* const variant = find_tensor_variant<Arguments>(width);
     if (variant == nullptr) return refused("the width is above what a cluster's tensor cores are fed with");
     CudaSweepPlan plan{};
     plan.cluster = variant->cluster;
@@ -65,7 +62,7 @@ CudaSweepPlan plan_tensor(bool half, int64_t width, int64_t runs) {
 
 template <class Arguments>
 const char* launch_tensor(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call) {
-    const auto kernel = find_tensor_variant<Arguments>(args.half, args.sweep.width)->kernel;
+    const auto kernel = find_tensor_variant<Arguments>(args.sweep.width)->kernel;
     cudaError_t status = allow(kernel, plan.shared);
     if (status == cudaSuccess) {
         const ClusterLaunch launch(plan.clusters, plan.cluster, plan.threads, plan.shared, call.stream);

@@ -19,26 +19,6 @@ __device__ __forceinline__ void multiply_bfloat16(float (&sum)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
 }
 
-// A 16 x 8 in tf32: of a float32 the first 11 bits count.
-__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t* a, uint32_t first, uint32_t second) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
-}
-
-// A float32 as a sum of two numbers of which tf32 holds the first exactly and the second nearly. Volatile, lest what W
-// is split into be kept from token to token, in registers that are not there.
-__device__ __forceinline__ void split_tf32(uint32_t whole, uint32_t& high, uint32_t& low) {
-    asm volatile(
-        "{\n.reg .b32 rounded;\n"
-        "add.u32 rounded, %2, 0x1000;\n"
-        "and.b32 %0, rounded, 0xffffe000;\n"
-        "sub.f32 %1, %2, %0;\n}"
-        : "=&r"(high), "=r"(low)
-        : "r"(whole));
-}
-
 #endif
 
 }  // namespace newllm

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,26 @@ def sweep(
     if weight.device.type == "cpu":
         getattr(_C, f"{name}_cpu")(task, torch.get_num_threads())
         return
-    place = _C.CudaPlace(
-        device=weight.device.index,
-        stream=torch.cuda.current_stream(weight.device).cuda_stream,
-        bfloat16=weight.dtype == torch.bfloat16,
+    rows, bfloat16, device = batch * runs.parts, weight.dtype == torch.bfloat16, weight.device.index
+    getattr(_C, f"{name}_cuda")(
+        task,
+        _plan(kind, len(weight), width, rows, bfloat16, device),
+        device=device,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+        bfloat16=bfloat16,
     )
-    getattr(_C, f"{name}_cuda")(task, place)
+
+
+@lru_cache
+def _plan(kind: str, layers: int, width: int, rows: int, bfloat16: bool, device: int) -> Any:
+    """How a GPU carries out the sweep ``kind`` of so many rows."""
+    from newllm import _C
+
+    sizes = {"layers": layers, "width": width, "runs": rows}
+    plan = _C.plan_context_sweep(adjoint=kind.endswith("Adjoint"), **sizes, bfloat16=bfloat16, device=device)
+    if plan.reason is not None:
+        raise RuntimeError(f"newllm._C cannot sweep width {width} on cuda:{device}: {plan.reason}")
+    return plan
 
 
 def _number(value: Any) -> Any:
