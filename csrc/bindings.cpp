@@ -107,27 +107,40 @@ void define_gated(py::module_& module) {
 // A function that returns an error's text, as one that raises it.
 template <class Sweep>
 auto raising(const char* (*run)(const Sweep&, const CudaSweepPlan&, const CudaCall&)) {
-    return [run](const Sweep& sweep, const CudaSweepPlan& plan, int device, uintptr_t stream, bool bfloat16) {
-        const char* const error = run(sweep, plan, {device, reinterpret_cast<void*>(stream), bfloat16, nullptr});
+    return [run](const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+        const char* const error = run(sweep, plan, call);
         if (error != nullptr) throw std::runtime_error(std::string("newllm._C: ") + error);
     };
 }
+
+SweepDirection direction(bool adjoint) { return adjoint ? SweepDirection::kAdjoint : SweepDirection::kForward; }
 
 void define_cuda(py::module_& module) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     py::class_<CudaSweepPlan>(module, "CudaSweepPlan")
         .def_readonly("kernel", &CudaSweepPlan::kernel)
-        .def_readonly("reason", &CudaSweepPlan::reason);
-    const auto plan = [](bool adjoint, int64_t layers, int64_t width, int64_t runs, bool bfloat16, int device) {
-        const SweepDirection direction = adjoint ? SweepDirection::kAdjoint : SweepDirection::kForward;
-        return plan_context_sweep(direction, layers, width, runs, bfloat16, device);
+        .def_readonly("reason", &CudaSweepPlan::reason)
+        .def_readonly("workspace", &CudaSweepPlan::workspace);
+    py::class_<CudaCall>(module, "CudaCall")
+        .def(py::init([](int device, uintptr_t stream, bool bfloat16, uintptr_t workspace) {
+                 return CudaCall{device, reinterpret_cast<void*>(stream), bfloat16, nullptr,
+                                 reinterpret_cast<void*>(workspace)};
+             }),
+             py::kw_only(), "device"_a, "stream"_a, "bfloat16"_a, "workspace"_a);
+    const auto plan_context = [](bool adjoint, int64_t layers, int64_t width, int64_t runs, bool bfloat16, int device) {
+        return plan_context_sweep(direction(adjoint), layers, width, runs, bfloat16, device);
     };
-    module.def("plan_context_sweep", plan, py::kw_only(), "adjoint"_a, "layers"_a, "width"_a, "runs"_a, "bfloat16"_a,
+    module.def("plan_context_sweep", plan_context, py::kw_only(), "adjoint"_a, "layers"_a, "width"_a, "runs"_a,
+               "bfloat16"_a, "device"_a, unlocked);
+    const auto plan_gated = [](bool adjoint, int64_t hidden, int64_t width, int64_t deeper, int64_t runs, int device) {
+        return plan_gated_sweep(direction(adjoint), hidden, width, deeper, runs, device);
+    };
+    module.def("plan_gated_sweep", plan_gated, py::kw_only(), "adjoint"_a, "hidden"_a, "width"_a, "deeper"_a, "runs"_a,
                "device"_a, unlocked);
-    module.def("context_forward_cuda", raising(&context_forward_cuda), "sweep"_a, "plan"_a, py::kw_only(),
-               "device"_a, "stream"_a, "bfloat16"_a, unlocked);
-    module.def("context_adjoint_cuda", raising(&context_adjoint_cuda), "sweep"_a, "plan"_a, py::kw_only(),
-               "device"_a, "stream"_a, "bfloat16"_a, unlocked);
+    module.def("context_forward_cuda", raising(&context_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("context_adjoint_cuda", raising(&context_adjoint_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("gated_forward_cuda", raising(&gated_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("gated_adjoint_cuda", raising(&gated_adjoint_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
 }
 
 #endif

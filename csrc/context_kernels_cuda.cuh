@@ -1,4 +1,4 @@
-// The families of kernels of the context cell. Plans and launches are for the current device.
+// The families of kernels. Plans and launches are for the current device.
 #pragma once
 
 #include "context_arguments_cuda.cuh"
@@ -23,5 +23,15 @@ template <class Arguments>
 CudaSweepPlan plan_tensor(int64_t width, int64_t runs);
 template <class Arguments>
 const char* launch_tensor(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
+
+// Any device, any sizes (sweep_grid_cuda.cuh). To be planned, a sweep needs its sizes and number of rows only.
+CudaSweepPlan plan_grid(const ContextForward& sweep);
+CudaSweepPlan plan_grid(const ContextAdjoint& sweep);
+CudaSweepPlan plan_grid(const GatedForward& sweep);
+CudaSweepPlan plan_grid(const GatedAdjoint& sweep);
+const char* launch_grid(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call);
+const char* launch_grid(const ContextAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call);
+const char* launch_grid(const GatedForward& sweep, const CudaSweepPlan& plan, const CudaCall& call);
+const char* launch_grid(const GatedAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call);
 
 }  // namespace newllm

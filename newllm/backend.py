@@ -140,14 +140,19 @@ def accelerator_memory() -> float:
 
 
 @torch.compiler.assume_constant_result
-def sweep_limit(device: int, layers: int = 1, width: int = 1, bfloat16: bool = False) -> str | None:
-    """Why the native sweeps of context layers cannot run on this CUDA device; None if they can."""
+def sweep_limit(device: int, width: int = 1, **sizes: int) -> str | None:
+    """Why the native sweeps cannot run on this CUDA device; None if they can.
+
+    ``sizes`` are ``layers`` of the context cell, or ``hidden`` and ``deeper`` of the gated one.
+    """
     if "cuda" not in FUSED["context_sweep"]:
         return None
     module = import_module("newllm._C")
-    plan = module.plan_context_sweep(
-        adjoint=False, layers=layers, width=width, runs=1, bfloat16=bfloat16, device=device
-    )
+    sizes |= {"width": width, "runs": 1, "device": device}
+    if "hidden" in sizes:
+        plan = module.plan_gated_sweep(adjoint=True, **sizes)
+    else:
+        plan = module.plan_context_sweep(adjoint=True, bfloat16=False, **{"layers": 1, **sizes})
     reason: str | None = plan.reason
     return reason
 

@@ -63,6 +63,35 @@ def test_every_length(tokens: int, batch: int, dtype: torch.dtype) -> None:
     judge(dtype, batch=batch, tokens=tokens, width=257)
 
 
+@DTYPES
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(("batch", "width"), [(1, 32), (3, 129), (9, 768), (40, 257), (2, 1024)])
+def test_several_layers(batch: int, width: int, layers: int, dtype: torch.dtype) -> None:
+    judge(dtype, batch=batch, tokens=5, width=width, layers=layers)
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("width", [1025, 1536, 2048])
+def test_widths_that_no_cluster_holds(width: int, batch: int, dtype: torch.dtype) -> None:
+    judge(dtype, batch=batch, tokens=4, width=width)
+
+
+@DTYPES
+@pytest.mark.parametrize("clamp", [None, 0.75])
+@pytest.mark.parametrize("deeper", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("batch", "width", "hidden"), [(1, 32, 70), (3, 129, 64), (9, 768, 1536), (40, 100, 33), (150, 64, 64)]
+)
+def test_the_gated_cell(
+    batch: int, width: int, hidden: int, deeper: int, clamp: float | None, dtype: torch.dtype
+) -> None:
+    sizes = {"batch": batch, "tokens": 4, "input": 16, "width": width, "hidden": hidden, "layers": deeper}
+    given = CASE.inputs("gated", dtype, device="cuda", **sizes)
+    given["params"] = given["params"]._replace(clamp=clamp)
+    CASE.judge(given, dtype, function=fused, gradients=dtype != F16)
+
+
 def swept(given: Inputs, drive: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Contexts and last state by the operator itself, for a drive as it is."""
     params = given["params"]
@@ -145,19 +174,10 @@ def test_gradients_of_block_are_those_of_the_recurrence() -> None:
         assert (gradient - exact[name]).abs().max() <= 112e-5 * exact[name].abs().max(), name
 
 
-@pytest.mark.parametrize(
-    ("sizes", "changes", "said"),
-    [
-        ({"width": 1025}, {}, "the width is above what a cluster holds"),
-        ({"layers": 2}, {}, "more than one layer"),
-        ({}, {"method": "jacobi"}, "it has the methods auto, sequential and block"),
-    ],
-)
-def test_what_the_kernels_do_not_take_goes_to_the_reference(
-    sizes: dict[str, int], changes: dict[str, Any], said: str
-) -> None:
-    given = inputs(batch=2, tokens=3, **{"width": 40, **sizes}) | changes
-    with pytest.raises(ValueError, match=said):
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    assert backend.sweep_limit(0, 60000) == "a row is wider than a block's shared memory holds"
+    given = inputs(batch=2, tokens=3, width=40) | {"method": "jacobi"}
+    with pytest.raises(ValueError, match="it has the methods auto, sequential and block"):
         fused(**given)
     chosen, expected = ops.context_sweep(**given), ops.context_sweep(**given, backend="reference")
     assert torch.equal(chosen[0], expected[0])

@@ -104,9 +104,10 @@ def _declined(x: Tensor, params: ContextParams | GatedParams, method: str) -> st
     if x.device.type != "cuda":
         return None
     if isinstance(params, GatedParams):
-        return "its sweeps of the gated cell run on a CPU"
+        hidden, width = params.weight_c.shape
+        return backends.sweep_limit(x.device.index, width, hidden=hidden, deeper=len(params.weight_h))
     layers, width, _ = params.weight_c.shape
-    return backends.sweep_limit(x.device.index, layers, width, x.dtype == torch.bfloat16)
+    return backends.sweep_limit(x.device.index, width, layers=layers)
 
 
 def _tensors(params: ContextParams | GatedParams) -> dict[str, Tensor]:
