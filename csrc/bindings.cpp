@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
 
 #include "context_sweep_cpu.h"
@@ -64,12 +65,13 @@ void define_context(py::module_& module) {
     py::class_<ContextAdjoint>(module, "ContextAdjoint")
         .def(py::init([](const Span& span, int64_t layers, int64_t width, Reads outer, Reads slope, Reads normed,
                          Reads rstd, Weight weight, Reads ln_weight, Reads last, Writes total, Writes change,
-                         Writes start) {
-                 return ContextAdjoint{span,   layers,    width, outer, slope,  normed, rstd,
-                                       weight, ln_weight, last,  total, change, start};
+                         Writes start, Reads slope_product, Reads normed_product) {
+                 return ContextAdjoint{span,      layers, width, outer,  slope, normed,        rstd,          weight,
+                                       ln_weight, last,   total, change, start, slope_product, normed_product};
              }),
              py::kw_only(), "span"_a, "layers"_a, "width"_a, "outer"_a, "slope"_a, "normed"_a, "rstd"_a,
-             "weight"_a, "ln_weight"_a, "last"_a, "total"_a, "change"_a, "start"_a);
+             "weight"_a, "ln_weight"_a, "last"_a, "total"_a, "change"_a, "start"_a, "slope_product"_a = 0,
+             "normed_product"_a = 0);
 }
 
 void define_gated(py::module_& module) {
@@ -100,6 +102,49 @@ void define_gated(py::module_& module) {
              "ln_weight"_a, "last"_a, "total"_a, "gate_change"_a, "hidden_change"_a, "start"_a);
 }
 
+#ifdef NEWLLM_WITH_CUDA
+
+// A function that returns an error's text, as one that raises it.
+template <class Sweep>
+auto raising(const char* (*run)(const Sweep&, const CudaSweepPlan&, const CudaCall&)) {
+    return [run](const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+        const char* const error = run(sweep, plan, call);
+        if (error != nullptr) throw std::runtime_error(std::string("newllm._C: ") + error);
+    };
+}
+
+SweepDirection direction(bool adjoint) { return adjoint ? SweepDirection::kAdjoint : SweepDirection::kForward; }
+
+void define_cuda(py::module_& module) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    py::class_<CudaSweepPlan>(module, "CudaSweepPlan")
+        .def_readonly("kernel", &CudaSweepPlan::kernel)
+        .def_readonly("reason", &CudaSweepPlan::reason)
+        .def_readonly("workspace", &CudaSweepPlan::workspace);
+    py::class_<CudaCall>(module, "CudaCall")
+        .def(py::init([](int device, uintptr_t stream, bool bfloat16, uintptr_t workspace) {
+                 return CudaCall{device, reinterpret_cast<void*>(stream), bfloat16, nullptr,
+                                 reinterpret_cast<void*>(workspace)};
+             }),
+             py::kw_only(), "device"_a, "stream"_a, "bfloat16"_a, "workspace"_a);
+    const auto plan_context = [](bool adjoint, int64_t layers, int64_t width, int64_t runs, bool bfloat16, int device) {
+        return plan_context_sweep(direction(adjoint), layers, width, runs, bfloat16, device);
+    };
+    module.def("plan_context_sweep", plan_context, py::kw_only(), "adjoint"_a, "layers"_a, "width"_a, "runs"_a,
+               "bfloat16"_a, "device"_a, unlocked);
+    const auto plan_gated = [](bool adjoint, int64_t hidden, int64_t width, int64_t deeper, int64_t runs, int device) {
+        return plan_gated_sweep(direction(adjoint), hidden, width, deeper, runs, device);
+    };
+    module.def("plan_gated_sweep", plan_gated, py::kw_only(), "adjoint"_a, "hidden"_a, "width"_a, "deeper"_a, "runs"_a,
+               "device"_a, unlocked);
+    module.def("context_forward_cuda", raising(&context_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("context_adjoint_cuda", raising(&context_adjoint_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("gated_forward_cuda", raising(&gated_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+    module.def("gated_adjoint_cuda", raising(&gated_adjoint_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
+}
+
+#endif
+
 std::map<std::string, std::string> build_info() {
     return {
         {"compiler", NEWLLM_COMPILER},
@@ -127,15 +172,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("gated_forward_cpu", &gated_forward_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
     module.def("gated_adjoint_cpu", &gated_adjoint_cpu, "sweep"_a, "threads"_a, "instructions"_a = "", unlocked);
 #ifdef NEWLLM_WITH_CUDA
-    py::class_<CudaPlace>(module, "CudaPlace")
-        .def(py::init([](int device, uintptr_t stream, bool bfloat16) {
-                 return CudaPlace{device, reinterpret_cast<void*>(stream), bfloat16};
-             }),
-             py::kw_only(), "device"_a, "stream"_a, "bfloat16"_a);
-    module.def("context_forward_cuda", &context_forward_cuda, "sweep"_a, "place"_a, unlocked);
-    module.def("context_adjoint_cuda", &context_adjoint_cuda, "sweep"_a, "place"_a, unlocked);
-    module.def("gated_forward_cuda", &gated_forward_cuda, "sweep"_a, "place"_a, unlocked);
-    module.def("gated_adjoint_cuda", &gated_adjoint_cuda, "sweep"_a, "place"_a, unlocked);
+    define_cuda(module);
 #endif
 }
 

@@ -48,6 +48,9 @@ struct ContextAdjoint {
     float* total;            // [B, T, L, C], gradient of the outputs
     float* change;           // [B, T, L, C], gradient of a, and so of the drive
     float* start;            // [rows, C], gradient of the start
+    // Only a GPU reads these, which do not depend on later tokens either:
+    const float* slope_product;   // [B, T, L, C], W^T slope
+    const float* normed_product;  // [B, T, L, C], W^T (slope normed)
 };
 
 // h = relu(W_c c + drive), then N more hidden layers; c <- LN(sigmoid(F h) c + sigmoid(I h) tanh(D h)), clamped.

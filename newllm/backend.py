@@ -69,7 +69,7 @@ def resolve(
     named = _chosen if backend is None else _checked(backend)
     available = device.type in FUSED[op]
     if named == "fused" and not available:
-        raise RuntimeError(f"backend 'fused' cannot run: {_why_not_fused(op, device)}")
+        raise RuntimeError(f"backend 'fused' cannot run: {_no_kernels(op, device)}")
     if named == "fused" and unsupported is not None:
         raise ValueError(f"backend 'fused' cannot run {op}: {unsupported}")
     if named is not None:
@@ -139,6 +139,24 @@ def accelerator_memory() -> float:
     return torch.cuda.get_device_properties(found[1]).total_memory / 1e9 if len(found) > 1 else 0.0
 
 
+@torch.compiler.assume_constant_result
+def sweep_limit(device: int, width: int = 1, **sizes: int) -> str | None:
+    """Why the native sweeps cannot run on this CUDA device; None if they can.
+
+    ``sizes`` are ``layers`` of the context cell, or ``hidden`` and ``deeper`` of the gated one.
+    """
+    if "cuda" not in FUSED["context_sweep"]:
+        return None
+    module = import_module("newllm._C")
+    sizes |= {"width": width, "runs": 1, "device": device}
+    if "hidden" in sizes:
+        plan = module.plan_gated_sweep(adjoint=True, **sizes)
+    else:
+        plan = module.plan_context_sweep(adjoint=True, bfloat16=False, **{"layers": 1, **sizes})
+    reason: str | None = plan.reason
+    return reason
+
+
 def build_info() -> dict[str, str]:
     """Versions, the native extension and the devices, as text: for ``newllm doctor`` and for run records."""
     from newllm import __version__
@@ -174,17 +192,25 @@ def _checked(name: str) -> Backend:
     return name
 
 
-def _why_not_fused(op: str, device: torch.device) -> str:
+def _no_kernels(op: str, device: torch.device) -> str:
     return f"{op} has no fused implementation for device type {device.type!r}"
 
 
+def _why_not_fused(op: str, device: torch.device) -> str | None:
+    """Why every call of ``op`` on ``device`` takes the reference; None where calls can be fused."""
+    if device.type not in FUSED[op]:
+        return _no_kernels(op, device)
+    limit = sweep_limit(device.index) if op == "context_sweep" and device.type == "cuda" else None
+    return f"{op} cannot be fused on {device}: {limit}" if limit else None
+
+
 def _explain(op: str, device: torch.device) -> Choice:
-    available = device.type in FUSED[op]
+    problem = _why_not_fused(op, device)
     if _chosen is None:
-        reason = f"automatic: {op} has a fused implementation" if available else _why_not_fused(op, device)
-        return Choice(op, str(device), resolve(op, device), reason)
-    if _chosen == "fused" and not available:
-        return Choice(op, str(device), None, f"use_backend('fused'), but {_why_not_fused(op, device)}")
+        reason = problem or f"automatic: {op} has a fused implementation"
+        return Choice(op, str(device), "reference" if problem else "fused", reason)
+    if _chosen == "fused" and problem:
+        return Choice(op, str(device), None, f"use_backend('fused'), but {problem}")
     return Choice(op, str(device), _chosen, f"use_backend({_chosen!r})")
 
 

@@ -122,6 +122,24 @@ def test_explain_reports_a_choice_that_cannot_run(fused_scan: None) -> None:
     assert forced["memory_update"].reason.startswith("use_backend('fused'), but memory_update has no fused")
 
 
+def test_explain_says_why_no_sweep_runs_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [torch.device("cuda", 0)]
+    monkeypatch.setattr(backend, "FUSED", {"context_sweep": frozenset({"cuda"})})
+    monkeypatch.setattr(backend, "devices", lambda: found)
+    monkeypatch.setattr(backend, "sweep_limit", lambda device: "it is too old")
+    why = "context_sweep cannot be fused on cuda:0: it is too old"
+    assert explain() == [("context_sweep", "cuda:0", "reference", why)]
+    with use_backend("fused"):
+        assert explain() == [("context_sweep", "cuda:0", None, f"use_backend('fused'), but {why}")]
+    monkeypatch.setattr(backend, "sweep_limit", lambda device: None)
+    assert explain()[0].backend == "fused"
+
+
+@pytest.mark.skipif("cuda" not in backend.FUSED["context_sweep"], reason="built without CUDA")
+def test_a_device_that_is_not_there_is_no_error() -> None:
+    assert isinstance(backend.sweep_limit(10**6), str)
+
+
 def test_build_info_can_be_recorded() -> None:
     info = build_info()
     assert set(info) == {"newllm", "python", "torch", "triton", "transformers", "native", "devices"}

@@ -110,17 +110,20 @@ def context_sweep_backward(
     outer = torch.zeros_like(outputs) if doutputs is None else doutputs.contiguous()
     total, change = torch.empty_like(outputs), torch.empty_like(outputs)
     ln_weight, matrix = ln_weight.contiguous(), weight.contiguous()
+    given = {"outer": outer, "slope": slope, "normed": normed, "rstd": rstd}
+    if drive.device.type == "cuda":
+        given["slope_product"] = _carried(slope, matrix)
+        given["normed_product"] = _carried(slope * normed, matrix)
 
     def adjoint(runs: Runs, later: Tensor) -> Tensor:
         later = later.contiguous()
         earlier = torch.empty_like(later)
-        by_token = {"outer": outer, "slope": slope, "normed": normed, "rstd": rstd}
         sweep(
             "ContextAdjoint",
             runs,
             matrix,
             width=width,
-            by_token={**by_token, "total": total, "change": change},
+            by_token={**given, "total": total, "change": change},
             whole={
                 "layers": layers,
                 "weight": matrix,
@@ -155,6 +158,12 @@ def _linearised(drive: Tensor, weight: Tensor, entering: list[Tensor]) -> tuple[
         found.append((slope, normed, rstd.squeeze(-1)))
     slope, normed, rstd = (torch.stack(each, 2) for each in zip(*found, strict=True))
     return slope, normed, rstd
+
+
+def _carried(changes: Tensor, weight: Tensor) -> Tensor:
+    """W^T times changes ``[B, T, L, C]`` of the pre-activations."""
+    layers = zip(changes.to(weight.dtype).unbind(2), weight, strict=True)
+    return torch.stack([change @ matrix for change, matrix in layers], 2).float()
 
 
 def carry_back(adjoint: Sweep, later: Tensor, tokens: int, report: Tensor, tol: float) -> Tensor:

@@ -80,7 +80,7 @@ def context_sweep(
     _check_shapes(x, params)
     tensors = _tensors(params)
     context, (x, *values) = checks.without_autocast(x, *tensors.values())
-    chosen = backends.resolve("context_sweep", x.device, backend, _declined(x, method))
+    chosen = backends.resolve("context_sweep", x.device, backend, _declined(x, params, method))
     cast: dict[str, Any] = dict(zip(tensors, values, strict=True))
     _check_places(x, cast)
     _check_state(state, x, params.weight_c.shape[-1])
@@ -95,13 +95,19 @@ def context_sweep(
         return reference.sequential_sweep(x, params, state)
 
 
-def _declined(x: Tensor, method: str) -> str | None:
+def _declined(x: Tensor, params: ContextParams | GatedParams, method: str) -> str | None:
     """Why the native sweeps cannot take this call; None if they can."""
     if x.dtype == torch.float64:
         return f"its sweeps take float16, bfloat16 and float32, got {x.dtype}"
     if method == "jacobi":
         return "it has the methods auto, sequential and block, got 'jacobi'"
-    return None
+    if x.device.type != "cuda":
+        return None
+    if isinstance(params, GatedParams):
+        hidden, width = params.weight_c.shape
+        return backends.sweep_limit(x.device.index, width, hidden=hidden, deeper=len(params.weight_h))
+    layers, width, _ = params.weight_c.shape
+    return backends.sweep_limit(x.device.index, width, layers=layers)
 
 
 def _tensors(params: ContextParams | GatedParams) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,23 +33,55 @@ def sweep(
     from newllm import _C
 
     batch, tokens, *_ = next(iter(by_token.values())).shape
+    name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
+    plan, device = None, weight.device
+    if device.type == "cuda":
+        sizes = {key: whole[key] for key in ("layers", "hidden", "deeper") if key in whole}
+        plan = planned(kind, batch * runs.parts, device.index, weight.dtype, width=width, **sizes)
+        if plan.kernel == "grid" and kind.endswith("Adjoint"):
+            whole = {key: _turned(key, value) for key, value in whole.items()}
     span = _C.Span(
         batch=batch, parts=runs.parts, tokens=runs.tokens, batch_stride=tokens, part_stride=runs.stride
     )
-    places = {name: x.data_ptr() + runs.first * x.stride(1) * x.itemsize for name, x in by_token.items()}
-    task = getattr(_C, kind)(
-        span=span, width=width, **places, **{name: _number(value) for name, value in whole.items()}
-    )
-    name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
-    if weight.device.type == "cpu":
+    places = {key: x.data_ptr() + runs.first * x.stride(1) * x.itemsize for key, x in by_token.items()}
+    numbers = {key: _number(value) for key, value in whole.items()}
+    task = getattr(_C, kind)(span=span, width=width, **places, **numbers)
+    if plan is None:
         getattr(_C, f"{name}_cpu")(task, torch.get_num_threads())
         return
-    place = _C.CudaPlace(
-        device=weight.device.index,
-        stream=torch.cuda.current_stream(weight.device).cuda_stream,
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=device)
+    call = _C.CudaCall(
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
         bfloat16=weight.dtype == torch.bfloat16,
+        workspace=workspace.data_ptr(),
     )
-    getattr(_C, f"{name}_cuda")(task, place)
+    getattr(_C, f"{name}_cuda")(task, plan, call)
+
+
+@lru_cache
+def planned(kind: str, rows: int, device: int, dtype: torch.dtype, **sizes: int) -> Any:
+    """How a GPU carries out the sweep ``kind`` of so many rows.
+
+    Raises RuntimeError where it cannot.
+    """
+    from newllm import _C
+
+    sizes |= {"runs": rows, "device": device, "adjoint": kind.endswith("Adjoint")}
+    if kind.startswith("Gated"):
+        plan = _C.plan_gated_sweep(**sizes)
+    else:
+        plan = _C.plan_context_sweep(bfloat16=dtype == torch.bfloat16, **sizes)
+    if plan.reason is not None:
+        raise RuntimeError(f"newllm._C cannot sweep width {sizes['width']} on cuda:{device}: {plan.reason}")
+    return plan
+
+
+def _turned(name: str, value: Any) -> Any:
+    """A matrix input by output, the gates' ``[3, C, H]`` as one; what is no matrix as it is."""
+    if name not in ("weight", "weight_c", "weight_h", "weight_gate"):
+        return value
+    return (value.flatten(0, 1) if name == "weight_gate" else value).mT.contiguous()
 
 
 def _number(value: Any) -> Any:

@@ -20,7 +20,7 @@ Sweep = Callable[[Runs, Tensor], Tensor]
 
 # The most rows that a device sweeps side by side, and what each costs beyond the first, in steps of one row.
 ROWS = {"cpu": 8, "cuda": 112}
-SHARE = {"cpu": 0.4, "cuda": 1e-3}
+SHARE = {"cpu": 0.4, "cuda": 0.075}
 # The block method has to promise so many times the speed of a single run.
 LEAST_GAIN = 1.2
 # Tokens of the first pass before each border, at least.

@@ -1,0 +1,8 @@
+#include "context_cluster_launch.cuh"
+
+namespace newllm {
+
+template CudaSweepPlan plan_cluster<ContextAdjointArguments>(int64_t, int64_t, int, int);
+template const char* launch_cluster(const ContextAdjointArguments&, const CudaSweepPlan&, const CudaCall&);
+
+}  // namespace newllm

@@ -1,0 +1,186 @@
+// The context cell as steps of a sweep on clusters: what a lane makes of a vector's arrival. One layer.
+#pragma once
+
+#include "context_arguments_cuda.cuh"
+#include "context_cell.h"
+#include "context_sweep_cluster.cuh"
+
+namespace newllm {
+
+// What travels is u, which the layer norm reads, less a number near its mean (the mean of the last one), so that its
+// variance may be had from sums and squares. The layer norm's weight is multiplied into W; its mean, deviation and
+// bias are applied to the product, which therefore need not wait for them.
+struct ContextForwardStep {
+    using Arguments = ContextForwardArguments;
+    struct Constants {
+        float gain, shift;      // the layer norm's weight and bias
+        float row_sum, offset;  // of W times the weights; of W times the biases
+        int stride;
+    };
+    struct State {
+        const float* drive;  // of the next token that is to be read; null: nothing to read or write
+        float* output;       // of the next token
+        float value, centre, now;
+    };
+
+    static __device__ __forceinline__ int index(int width, int to, int from) { return to * width + from; }
+
+    template <class Sweeper>
+    static __device__ __forceinline__ void begin(const Arguments& args, const Sweeper& sweeper, const SweepLayout& at,
+                                                 int64_t first_row, State& state) {
+        const ContextForward& sweep = args.sweep;
+        const Place& place = sweeper.place;
+        const int64_t row = first_row + place.row;
+        const float* const starts = sweep.start + first_row * sweep.width;
+        const Arrival start = sweeper.receive_from(at, starts, runs(sweep.span) - first_row, sweeper.width);
+        const bool exists = place.owns && row < runs(sweep.span);
+        const int64_t offset = exists ? first_token(sweep.span, row) * sweep.width + place.column : 0;
+        state.drive = exists ? sweep.drive + offset : nullptr;
+        state.output = sweep.outputs + offset;
+        state.centre = start.first_sum / sweep.width;
+        const float drive = next(args, true, state);
+        const float context = exists ? starts[place.row * sweep.width + place.column] : 0.0f;
+        const float update = context_update(context, start.product + drive);
+        state.value = place.owns ? update - state.centre : 0.0f;
+        state.now = next(args, sweep.span.tokens > 1, state);
+    }
+
+    template <class Sweeper>
+    static __device__ __forceinline__ Constants constants(const Arguments& args, Sweeper& sweeper,
+                                                          const SweepLayout& at) {
+        const int column = min(sweeper.place.column, sweeper.width - 1);
+        Constants own{args.sweep.ln_weight[column], args.sweep.ln_bias[column]};
+        constexpr int64_t all = 4;  // rows of a group, at most
+        own.offset = sweeper.receive_from(at, args.sweep.ln_bias, all, 0).product;
+        sweeper.scale(at, args.sweep.ln_weight);
+        own.row_sum = sweeper.receive_from(at, nullptr, all, 0).product;
+        own.stride = sweeper.width;
+        return own;
+    }
+
+    static __device__ __forceinline__ Departure departure(const State& state) {
+        return {state.value, state.value, state.value * state.value};
+    }
+
+    static __device__ __forceinline__ float next(const Arguments& args, bool more, State& state) {
+        if (!more || state.drive == nullptr) return 0.0f;
+        const float drive = *state.drive;
+        state.drive += args.sweep.width;
+        return drive;
+    }
+    static __device__ __forceinline__ float fetch(const Arguments& args, bool more, State& state) {
+        return next(args, more, state);
+    }
+    static __device__ __forceinline__ void keep(State& state, float ahead) { state.now = ahead; }
+
+    static __device__ __forceinline__ void arrive(const Place& place, const Constants& constants,
+                                                  const Arrival& arrival, float share, bool, State& state) {
+        const float mean = arrival.first_sum * share;
+        const float rstd = rsqrtf(fmaf(-mean, mean, arrival.second_sum * share) + kLayerNormEps);
+        const float context = fmaf((state.value - mean) * rstd, constants.gain, constants.shift);
+        const float product = fmaf(-mean, constants.row_sum, arrival.product);
+        const float update = context_update(context, fmaf(product, rstd, constants.offset + state.now));
+        state.centre += mean;
+        state.value = place.owns ? update - state.centre : 0.0f;
+        if (place.writes && state.drive != nullptr) *state.output = context;
+        state.output += constants.stride;
+    }
+
+    static __device__ __forceinline__ void finish(const Arguments& args, const Place& place, int64_t row,
+                                                  const State& state) {
+        if (!place.writes || state.drive == nullptr) return;
+        args.sweep.last[row * args.sweep.width + place.column] = *(state.output - args.sweep.width);
+    }
+};
+
+// What travels is slope * weighted, and the sums the layer norm's gradient needs. That gradient is linear:
+//   W^T change = rstd (W^T (slope weighted) - mean(weighted) W^T slope - mean(weighted normed) W^T (slope normed))
+// and the last two products, which depend on no later token, are given for all tokens.
+struct ContextAdjointStep {
+    using Arguments = ContextAdjointArguments;
+    struct Constants {
+        float gain;  // the layer norm's weight
+        int stride;
+        float *total, *change;
+    };
+    struct Column {  // at one token
+        float outer, slope, normed, rstd, slope_product, normed_product;
+    };
+    struct State {
+        int64_t read, token, write;  // of the next token to be read, its column and itself; of the one that arrives
+        int64_t start;               // in the gradient of the start; -1: nothing to read or write
+        float weighted;
+        Column now, next;
+    };
+
+    static __device__ __forceinline__ int index(int width, int to, int from) { return from * width + to; }
+
+    template <class Sweeper>
+    static __device__ __forceinline__ void begin(const Arguments& args, const Sweeper& sweeper, const SweepLayout&,
+                                                 int64_t first_row, State& state) {
+        const ContextAdjoint& sweep = args.sweep;
+        const Place& place = sweeper.place;
+        const int64_t row = first_row + place.row;
+        const bool exists = place.owns && row < runs(sweep.span);
+        state.start = exists ? row * sweep.width + place.column : -1;
+        state.token = exists ? first_token(sweep.span, row) + sweep.span.tokens - 1 : 0;
+        state.write = state.read = state.token * sweep.width + place.column;
+        state.now = fetch(args, true, state);
+        state.next = fetch(args, sweep.span.tokens > 1, state);
+        const Constants own = constants(args, sweeper, {});
+        enter(place, own, exists ? sweep.last[state.start] : 0.0f, state);
+    }
+
+    template <class Sweeper>
+    static __device__ __forceinline__ Constants constants(const Arguments& args, const Sweeper& sweeper,
+                                                          const SweepLayout&) {
+        const int column = min(sweeper.place.column, sweeper.width - 1);
+        return {args.sweep.ln_weight[column], sweeper.width, args.sweep.total, args.sweep.change};
+    }
+
+    // The gradient of the output at the token that is now.
+    static __device__ __forceinline__ void enter(const Place& place, const Constants& constants, float carry,
+                                                 State& state) {
+        const float total = state.now.outer + carry;
+        state.weighted = place.owns ? total * constants.gain : 0.0f;
+        if (place.writes && state.start >= 0) constants.total[state.write] = total;
+    }
+
+    static __device__ __forceinline__ Departure departure(const State& state) {
+        return {state.now.slope * state.weighted, state.weighted, state.weighted * state.now.normed};
+    }
+
+    static __device__ __forceinline__ Column fetch(const Arguments& args, bool more, State& state) {
+        if (!more || state.start < 0) return {};
+        const int64_t at = state.read;
+        const ContextAdjoint& sweep = args.sweep;
+        const Column column{sweep.outer[at],          sweep.slope[at],         sweep.normed[at],
+                            sweep.rstd[state.token], sweep.slope_product[at], sweep.normed_product[at]};
+        state.read -= args.sweep.width;
+        state.token -= 1;
+        return column;
+    }
+    static __device__ __forceinline__ void keep(State& state, const Column& ahead) { state.next = ahead; }
+
+    static __device__ __forceinline__ void arrive(const Place& place, const Constants& constants,
+                                                  const Arrival& arrival, float share, bool more, State& state) {
+        const float mean = arrival.first_sum * share, mean_normed = arrival.second_sum * share;
+        const Column now = state.now;
+        const float gradient = layer_norm_gradient(state.weighted, now.normed, mean, mean_normed, now.rstd);
+        const float removed = fmaf(mean, now.slope_product, mean_normed * now.normed_product);
+        const float carry = fmaf(arrival.product - removed, now.rstd, gradient);
+        const bool writes = place.writes && state.start >= 0;
+        if (writes) constants.change[state.write] = gradient * now.slope;
+        state.write -= constants.stride;
+        state.now = state.next;
+        if (more) enter(place, constants, carry, state);
+        else state.weighted = carry;  // for finish
+    }
+
+    static __device__ __forceinline__ void finish(const Arguments& args, const Place& place, int64_t,
+                                                  const State& state) {
+        if (place.writes && state.start >= 0) args.sweep.start[state.start] = state.weighted;
+    }
+};
+
+}  // namespace newllm

@@ -1,0 +1,107 @@
+// Chooses among the kernels of the sweeps.
+#include "context_sweep_cuda.h"
+
+#include "context_kernels_cuda.cuh"
+#include "cuda_launch.cuh"
+
+namespace newllm {
+namespace {
+
+constexpr int kTensorRowsTogether = 8;
+
+// Whether every row has a cluster of its own, which tensor cores do not beat.
+bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && plan.rows * plan.groups == 1; }
+
+// The fastest for the width and number of runs; any of the arguments' kernels need one layer and clusters.
+template <class Arguments>
+CudaSweepPlan choose(bool half, int64_t width, int64_t runs, int rows, int groups) {
+    if (rows == kTensorRowsTogether)
+        return half ? plan_tensor<Arguments>(width, runs) : refused("tensor cores take bfloat16 matrices only");
+    const CudaSweepPlan cluster = plan_cluster<Arguments>(width, runs, rows, groups);
+    if (rows || groups || !half || (cluster.kernel != nullptr && few(cluster))) return cluster;
+    const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
+    return tensor.kernel != nullptr ? tensor : cluster;
+}
+
+bool has_clusters(int device) {
+    int major = 0;
+    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+bool on_grid(const CudaSweepPlan& plan) { return plan.workspace > 0; }
+
+template <class Arguments, class Sweep>
+const char* launch(const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    const DeviceGuard guard(call.device);
+    if (guard.status() != cudaSuccess) return cudaGetErrorString(guard.status());
+    if (on_grid(plan)) return launch_grid(sweep, plan, call);
+    const Arguments args{sweep, call.half};
+    return plan.rows == kTensorRowsTogether ? launch_tensor(args, plan, call) : launch_cluster(args, plan, call);
+}
+
+template <class Sweep>
+const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    const DeviceGuard guard(call.device);
+    if (guard.status() != cudaSuccess) return cudaGetErrorString(guard.status());
+    return launch_grid(sweep, plan, call);
+}
+
+template <class Arguments, class Sweep>
+CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device, int rows, int groups) {
+    if (rows != kGridRowsWanted && layers == 1 && has_clusters(device)) {
+        const CudaSweepPlan plan = choose<Arguments>(half, width, runs, rows, groups);
+        if (plan.kernel != nullptr || rows || groups) return plan;
+    }
+    Sweep sweep{};
+    sweep.span = {runs, 1, 0, 0, 0};
+    sweep.layers = layers;
+    sweep.width = width;
+    return plan_grid(sweep);
+}
+
+template <class Sweep>
+CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t runs) {
+    Sweep sweep{};
+    sweep.span = {runs, 1, 0, 0, 0};
+    sweep.hidden = hidden;
+    sweep.width = width;
+    sweep.deeper = deeper;
+    return plan_grid(sweep);
+}
+
+}  // namespace
+
+CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
+                                 int device, int rows, int groups) {
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
+    const auto plan = direction == SweepDirection::kForward ? plan_context<ContextForwardArguments, ContextForward>
+                                                            : plan_context<ContextAdjointArguments, ContextAdjoint>;
+    return plan(layers, width, runs, half, device, rows, groups);
+}
+
+CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
+                               int device) {
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
+    const auto plan = direction == SweepDirection::kForward ? plan_gated<GatedForward> : plan_gated<GatedAdjoint>;
+    return plan(hidden, width, deeper, runs);
+}
+
+const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    return launch<ContextForwardArguments>(sweep, plan, call);
+}
+
+const char* context_adjoint_cuda(const ContextAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    return launch<ContextAdjointArguments>(sweep, plan, call);
+}
+
+const char* gated_forward_cuda(const GatedForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    return launch_gated(sweep, plan, call);
+}
+
+const char* gated_adjoint_cuda(const GatedAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
+    return launch_gated(sweep, plan, call);
+}
+
+}  // namespace newllm
