@@ -24,8 +24,8 @@ from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padd
 from newllm.kernels.rotate import ROWS, Keys
 from newllm.kernels.tiles import tiles_of
 
-# Powers of two within this and its inverse, their sums and the values they weigh stay in float32's range.
-SAFE = tl.constexpr(90.0)
+# Powers of two within these and their inverses are precise in the weights' dtype, float32 holds their sums.
+SAFE, SAFE_HALF = tl.constexpr(90.0), tl.constexpr(4.0)
 # Of a memory's matrix in a step.
 TILE_BYTES = 65536
 
@@ -64,7 +64,8 @@ def _infini_attention_forward_kernel(
     PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     longest = _longest_key(squares + (b * HKV + hkv) * tl.cdiv(T + P, ROWS), low, stop, ROWS)
     own = queries.to(tl.float32)
-    if tl.max(tl.sum(own * own, 1)) * longest * LOG2E * LOG2E < SAFE * SAFE * K:
+    bound: tl.constexpr = SAFE_HALF if out.dtype.element_ty == tl.float16 else SAFE
+    if tl.max(tl.sum(own * own, 1)) * longest * LOG2E * LOG2E < bound * bound * K:
         highest, total, acc = _attend_window(
             queries, keys, v, k_strides, v_strides, b, hkv, row, first, low, full, stop, floor,
             T, P, W, K, V, BT, BK, BV, BS, K_TMA, V_TMA, True, PRECISE, PRECISION,

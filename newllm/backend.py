@@ -139,13 +139,13 @@ def accelerator_memory() -> float:
     return torch.cuda.get_device_properties(found[1]).total_memory / 1e9 if len(found) > 1 else 0.0
 
 
-@torch.compiler.assume_constant_result
 def sweep_limit(device: int, width: int = 1, **sizes: int) -> str | None:
     """Why the native sweeps cannot run on this CUDA device; None if they can.
 
-    ``sizes`` are ``layers`` of the context cell, or ``hidden`` and ``deeper`` of the gated one.
+    ``sizes`` are ``layers`` of the context cell, or ``hidden`` and ``deeper`` of the gated one. While
+    ``torch.compile`` traces, which cannot follow the question, the operator itself will say so.
     """
-    if "cuda" not in FUSED["context_sweep"]:
+    if "cuda" not in FUSED["context_sweep"] or torch.compiler.is_compiling():
         return None
     module = import_module("newllm._C")
     sizes |= {"width": width, "runs": 1, "device": device}

@@ -89,9 +89,10 @@ def _by_row(draw: Draw, inputs: Inputs) -> Inputs:
 
 
 def _long(draw: Draw, inputs: Inputs) -> Inputs:
-    """Later queries so long that their exponents may leave float32's range."""
+    """Later queries whose exponents may leave float16's range, and those behind 64 others float32's."""
     q = inputs["q"].clone()
-    q[:, :, q.shape[2] // 2 :] *= 32
+    q[:, :, q.shape[2] // 3 :] *= 8
+    q[:, :, 64:] *= 4
     return {"q": q}
 
 

@@ -54,8 +54,9 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("learned tanh padded apart stream by-row", BF16, {**BATCH, "tokens": 20}),
     ("stream", F16, {"tokens": 20}),
     # Exponents with and without a bound.
-    ("long", F32, {"tokens": 70}),
-    ("long stream", BF16, {"tokens": 40}),
+    ("long", F32, {"tokens": 70, "heads": 8, "kv_heads": 4}),
+    ("long no-memory", F16, {"tokens": 70}),
+    ("long stream", BF16, {"tokens": 70}),
     ("clamped stream", F32, {"tokens": 40}),
     ("local stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("no-memory padded stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
