@@ -21,7 +21,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from newllm import ops
 from newllm.backend import training_device
-from newllm.measuring.rows import replace_file
+from newllm.files import replace_file
 from newllm.measuring.timing import Clock
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules.rotary import Rotary

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from newllm.files import replace_file
 
 
 class Run:
@@ -74,13 +75,8 @@ class Run:
         path = self.out / name
         if not self.writes:
             return path
-        temporary = path.with_name(f".{name}.{os.getpid()}")
-        try:
-            with _told(path):
-                write(temporary)
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _told(path):
+            replace_file(path, write)
         return path
 
 

@@ -15,7 +15,7 @@ import newllm
 
 # Each room may import from the layers above it in this list, and from itself.
 LAYERS = (
-    {"types"},
+    {"files", "types"},
     {"backend", "reference"},
     {"ops"},
     {"modules"},

@@ -17,6 +17,7 @@ from source_tree import ROOT
 from torch import Tensor
 
 from newllm.cli import main
+from newllm.files import replace_file
 from newllm.measuring import (
     SUITES,
     __main__ as module,
@@ -29,7 +30,7 @@ from newllm.measuring import (
 from newllm.measuring.entries import COMPILED, OURS, REFERENCE, Prepared, call_of
 from newllm.measuring.loops import segment_loop
 from newllm.measuring.ours import layer_inputs
-from newllm.measuring.rows import read_rows, replace_file, write_rows
+from newllm.measuring.rows import read_rows, write_rows
 from newllm.measuring.shapes import DECODES, LAYERS
 from newllm.measuring.timing import Clock
 from newllm.measuring.work import BOTH, FORWARD, Ceilings, Work, attention, layer, memory, token, write

@@ -117,8 +117,8 @@ def run_report(options: ReportOptions) -> None:
 
 
 def _draw(suite: str, path: Path, rows: list[Row]) -> None:
+    from newllm.files import replace_file
     from newllm.measuring.pictures import layer_figure
-    from newllm.measuring.rows import replace_file
     from newllm.measuring.sweep_pictures import sweep_figure
 
     figure = {"layer": layer_figure, "sweep": sweep_figure}[suite](rows)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from newllm.files import replace_file
 
 _SECONDS = 5.0
 Row = Mapping[str, Any]
@@ -154,10 +155,8 @@ def hub_texts(
         if reached:
             raise
         raise ConnectionError("the hub does not answer, and no copy lies on this machine") from error
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
-    temporary.write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")
-    os.replace(temporary, copy)
+    lines = "".join(f"{json.dumps(text)}\n" for text in texts)
+    replace_file(copy, lambda file: file.write_text(lines, encoding="utf-8"))
     return texts
 
 

@@ -13,6 +13,7 @@ from newllm.data.documents import Documents, numbered, split, without
 from newllm.data.hub import HUB, HubSource, hub_texts
 from newllm.data.readers import READERS
 from newllm.data.text import EMBEDDED, LOCAL, load_documents, unknown
+from newllm.files import replace_file
 
 Offline = Literal["auto", "error"]
 SOURCES = (*HUB, *LOCAL)
@@ -154,13 +155,8 @@ def _stand_in(name: str, source: HubSource, cache: Path) -> Corpus:
 
 def _with_file(corpus: Corpus, path: Path) -> Corpus:
     """``corpus`` with the validation documents of a file, which is written where it is missing."""
-    import os
-
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(corpus.validation.joined(), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, lambda file: file.write_text(corpus.validation.joined(), encoding="utf-8"))
         return corpus
     held = load_documents(str(path))
     known: Sequence[str] = held.texts

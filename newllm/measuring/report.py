@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from newllm.files import replace_file
 from newllm.measuring import SUITES
 from newllm.measuring.bars import standings
 from newllm.measuring.entries import OURS
-from newllm.measuring.rows import Row, read_rows, replace_file
+from newllm.measuring.rows import Row, read_rows
 from newllm.measuring.tables import Grid, bars_grid, milliseconds
 
 BEGIN, END = "<!-- newllm bench report: begin -->", "<!-- newllm bench report: end -->"

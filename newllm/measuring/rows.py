@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from newllm.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace ``path`` by ``rows``, one JSON object a line."""
     text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file that then takes the place of ``path``: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[Row]:
