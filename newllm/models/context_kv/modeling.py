@@ -6,20 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from newllm.models.context_kv.configuration import ContextKVConfig
-from newllm.models.context_lm.modeling import (
-    ContextModelOutput,
-    ContextPreTrainedModel,
-    check_ids,
-    context_layer,
-    contexts_before,
-    real_tokens,
-)
+from newllm.models.context_lm.modeling import ContextBody, ContextPreTrainedModel
 from newllm.modules.context_block import ContextBlock, ContextLinear
 from newllm.modules.context_kv import ContextKVAttention
 from newllm.modules.padding import Packing
@@ -39,8 +32,8 @@ class SlotFeedForward(nn.Module):
         return y + self.norm(self.down(nn.functional.gelu(self.up(y))))
 
 
-class ContextKVModel(ContextPreTrainedModel):
-    """The model without its head."""
+class ContextKVModel(ContextBody):
+    """The model without its head; every row is a document."""
 
     config_class = ContextKVConfig
 
@@ -56,12 +49,6 @@ class ContextKVModel(ContextPreTrainedModel):
         self.feed_forward = SlotFeedForward(width, config.intermediate_size)
         self.post_init()
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """The embeddings ``[..., E]`` that blocks and queries read, of ``ids [...]``."""
-        check_ids(ids, self.config.vocab_size)
-        normed: Tensor = self.embed_norm(self.embed_tokens(ids))
-        return normed
-
     def contexts(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All blocks over ``x [B, T, E]`` from ``state [B, D]``: contexts ``[B, T, D]`` and the last."""
         dims = self.config.context_dims or []
@@ -72,53 +59,22 @@ class ContextKVModel(ContextPreTrainedModel):
         ]
         return torch.cat([found[0] for found in swept], -1), torch.cat([found[1] for found in swept], -1)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **_: Any,
-    ) -> ContextModelOutput:
-        """Read ``input_ids [B, T]`` or ``inputs_embeds [B, T, E]``; every row is a document.
-
-        Padding, caches and errors are those of ``ContextLMModel.forward``.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        x = self.embed(input_ids) if input_ids is not None else self.embed_norm(inputs_embeds)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        layer = None if past_key_values is None else context_layer(past_key_values)
-        state = None if layer is None else layer.read_context(len(x), self.config.context_dim)
-        real = real_tokens(attention_mask, x.shape[1])
-        packing = Packing.of(torch.ones_like(x[..., 0], dtype=torch.bool) if real is None else real)
-        packed = x if real is None else packing.pack(x)
+    def advance(
+        self, x: Tensor, state: ContextState | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, Tensor, ContextState | None]:
+        """See ``ContextBody.advance``."""
         start = None if state is None else state.context
-        contexts, last = self.contexts(packed, start)
-        before = contexts_before(contexts, start)
-        if real is not None:
+        contexts, last = self.contexts(x, start)
+        if packing is None:
+            packing = Packing.of(torch.ones_like(x[..., 0], dtype=torch.bool))
+        else:
             last = packing.last(contexts, torch.zeros_like(last) if start is None else start)
         own = self.attention.project(contexts)
-        state, positions = self._with_slots(state, last, own, packing)
-        assert state.keys is not None and state.values is not None and state.slots is not None
-        visible = self.config.rule.visible(state.slots, positions)
-        features = self.feed_forward(self.attention(packed, own, (state.keys, state.values), visible))
-        if layer is not None:
-            layer.write(_newest(state, self.config.rule.capacity), x.shape[1])  # type: ignore[arg-type]
-        if real is not None:
-            features, contexts, before = map(packing.unpack, (features, contexts, before))
-        return ContextModelOutput(
-            last_hidden_state=features,
-            past_key_values=past_key_values,
-            contexts=contexts,
-            inputs=x,
-            before=before,
-        )
+        after, positions = self._with_slots(state, last, own, packing)
+        assert after.keys is not None and after.values is not None and after.slots is not None
+        visible = self.config.rule.visible(after.slots, positions)
+        features = self.feed_forward(self.attention(x, own, (after.keys, after.values), visible))
+        return features, contexts, _newest(after, self.config.rule.capacity) if keep else None
 
     def _with_slots(
         self, state: ContextState | None, last: Tensor, own: tuple[Tensor, Tensor], packing: Packing

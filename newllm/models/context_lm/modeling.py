@@ -86,7 +86,76 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
         )
 
 
-class ContextLMModel(ContextPreTrainedModel):
+class ContextBody(ContextPreTrainedModel):
+    """What all bodies do around their sweep: embeddings, padding, and the state in a cache."""
+
+    embed_tokens: nn.Embedding
+
+    def embed(self, ids: Tensor | None) -> Tensor:
+        """The embeddings ``[..., E]`` that the body reads, of ``ids [...]``."""
+        assert ids is not None
+        check_ids(ids, self.config.vocab_size)
+        return self.normalised(self.embed_tokens(ids))
+
+    def normalised(self, embeddings: Tensor) -> Tensor:
+        """``embeddings [..., E]`` through the layer norm, if the model has one."""
+        return embeddings if self.embed_norm is None else self.embed_norm(embeddings)
+
+    def advance(
+        self, x: Tensor, state: ContextState | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, Tensor, ContextState | None]:
+        """Read packed embeddings ``x [B, T, E]``: features ``[B, T, D]``, contexts ``[B, T, C]``, the state.
+
+        Without ``packing`` all tokens are real. The state after them is only asked for where ``keep`` is set.
+        """
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> ContextModelOutput:
+        """Read ``input_ids [B, T]`` or ``inputs_embeds [B, T, E]``.
+
+        ``attention_mask`` is padding only, ``[B, >= T]``, its last T columns those of the new tokens; padding
+        is skipped, wherever it stands. ``position_ids`` are ignored. A cache that is passed is continued;
+        without one the context starts at zero.
+
+        Raises ``ValueError`` for ids out of the vocabulary and a cache of another batch size or model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        x = self.embed(input_ids) if inputs_embeds is None else self.normalised(inputs_embeds)
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        layer = None if past_key_values is None else context_layer(past_key_values)
+        state = None if layer is None else layer.read_context(len(x), self.config.context_dim)
+        real = real_tokens(attention_mask, x.shape[1])
+        packing = None if real is None else Packing.of(real)
+        packed = x if packing is None else packing.pack(x)
+        features, contexts, after = self.advance(packed, state, packing, keep=layer is not None)
+        before = contexts_before(contexts, None if state is None else state.context)
+        if layer is not None:
+            layer.write(after, x.shape[1])  # type: ignore[arg-type]
+        if packing is not None:
+            features, contexts, before = map(packing.unpack, (features, contexts, before))
+        return ContextModelOutput(
+            last_hidden_state=features,
+            past_key_values=past_key_values,
+            contexts=contexts,
+            inputs=x,
+            before=before,
+        )
+
+
+class ContextLMModel(ContextBody):
     """The model without its head."""
 
     config_class = ContextLMConfig
@@ -118,16 +187,6 @@ class ContextLMModel(ContextPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
-    def embed(self, ids: Tensor | None) -> Tensor:
-        """The embeddings ``[..., E]`` that the body reads, of ``ids [...]``."""
-        assert ids is not None
-        check_ids(ids, self.config.vocab_size)
-        return self.normalised(self.embed_tokens(ids))
-
-    def normalised(self, embeddings: Tensor) -> Tensor:
-        """``embeddings [..., E]`` through the layer norm, if the model has one."""
-        return embeddings if self.embed_norm is None else self.embed_norm(embeddings)
-
     def read(self, x: Tensor, context: Tensor | None, recent: Tensor | None) -> Read:
         """Packed embeddings ``[B, T, E]`` behind a context ``[B, C]`` and ``recent`` embeddings."""
         if self.config.cell != "context":
@@ -140,50 +199,13 @@ class ContextLMModel(ContextPreTrainedModel):
         outputs = [contexts] if single else self.context_block.step(before, joined)
         return Read(self.token_block(joined, self.token_block.choose(outputs, before)), contexts, last)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **_: Any,
-    ) -> ContextModelOutput:
-        """Read ``input_ids [B, T]`` or ``inputs_embeds [B, T, E]``.
-
-        ``attention_mask`` is padding only, ``[B, >= T]``, its last T columns those of the new tokens; padding
-        is skipped, wherever it stands. ``position_ids`` are ignored. A cache that is passed is continued;
-        without one the context starts at zero.
-
-        Raises ``ValueError`` for ids out of the vocabulary and a cache of another batch size or model.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        x = self.embed(input_ids) if inputs_embeds is None else self.normalised(inputs_embeds)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        layer = None if past_key_values is None else context_layer(past_key_values)
-        state = None if layer is None else layer.read_context(len(x), self.config.context_dim)
-        real = real_tokens(attention_mask, x.shape[1])
-        packing = None if real is None else Packing.of(real)
+    def advance(
+        self, x: Tensor, state: ContextState | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, Tensor, ContextState | None]:
+        """See ``ContextBody.advance``."""
         context, recent = (None, None) if state is None else (state.context, state.recent)
-        packed = x if packing is None else packing.pack(x)
-        features, contexts, last = self.read(packed, context, recent)
-        before = contexts_before(contexts, context)
-        if layer is not None:
-            layer.write(self._state(packed, contexts, last, state, packing), x.shape[1])  # type: ignore[arg-type]
-        if packing is not None:
-            features, contexts, before = map(packing.unpack, (features, contexts, before))
-        return ContextModelOutput(
-            last_hidden_state=features,
-            past_key_values=past_key_values,
-            contexts=contexts,
-            inputs=x,
-            before=before,
-        )
+        features, contexts, last = self.read(x, context, recent)
+        return features, contexts, self._state(x, contexts, last, state, packing) if keep else None
 
     def _state(
         self,
