@@ -176,4 +176,5 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient ``[B, N]`` of the weights that scaled what segments added."""
     added, added_norm = fold(k, v, layout, scale, bias)
-    return (added * gradients.matrix).sum((1, 3, 4)) + (added_norm * gradients.norm).sum((1, 3))
+    matrices = (added * gradients.matrix).sum((1, 3, 4), dtype=torch.float64)
+    return (matrices + (added_norm * gradients.norm).sum((1, 3), dtype=torch.float64)).float()

@@ -123,7 +123,7 @@ def _backward_tokens(
         t0 = lo + i * BT
         # [BT, BK]
         x = load_tokens(k, t0, hi, k_t, 0, K, BT, BK)
-        f = tl.where(rows[:, None] < hi - t0, features(x, a, c), 0.0)
+        f = tl.where(rows[:, None] < tl.minimum(hi, end) - t0, features(x, a, c), 0.0)
         df = tl.zeros((BT, BK), tl.float32) + gz[None, :]
         g = first
         for part in tl.range(0, parts):
@@ -137,7 +137,7 @@ def _backward_tokens(
         if curvature is not None:
             y = curved(f, k, t0, hi, k_t, a, c, curvature, whole, K, BT, BK, BV, STATES)
             df += correction_feature_gradient(f, y, z, factor, eps)
-        # Where nothing is written, features and so slopes are zero.
+        # Where nothing is written, or another program's tokens begin, features and so slopes are zero.
         slope = df * features_slope(f)
         _deposit(dk, slope * a, t0, end, 0, K, BT, BK, ADD)
         dscale += tl.sum(slope * x.to(tl.float32), 1)

@@ -153,8 +153,13 @@ class OpCase:
         }
         found = dict(leaves(function(inputs), "out"))
         if learned:
-            outputs = [out for out in found.values() if out.requires_grad]
-            slopes = torch.autograd.grad(outputs, [*learned.values()], _cotangents(outputs))
+            # Drawn for all: one function may know more of its results to be constant than another.
+            outputs = [out for out in found.values() if out.is_floating_point()]
+            drawn = zip(outputs, _cotangents(outputs), strict=True)
+            pairs = [(out, cotangent) for out, cotangent in drawn if out.requires_grad]
+            slopes = torch.autograd.grad(
+                [out for out, _ in pairs], [*learned.values()], [x for _, x in pairs], materialize_grads=True
+            )
             found |= zip(learned, slopes, strict=True)
         return {name: x.detach() for name, x in found.items()}
 

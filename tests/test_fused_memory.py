@@ -258,6 +258,18 @@ def test_the_layer_writes_whole_segments_from_any_phase(
 
 
 @pytest.mark.parametrize("delta", [False, True])
+def test_programs_share_the_tokens_of_a_segment(
+    delta: bool, fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token counts twice where a program's last tile ends within its tokens."""
+    from newllm.kernels import memory_curvature, memory_fold_backward
+
+    for module in (memory_curvature, memory_fold_backward):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    judge_layer(delta, True, None, F32, fused_device, kv_heads=4, segment=40, tokens=90)
+
+
+@pytest.mark.parametrize("delta", [False, True])
 def test_without_reach_nothing_flows_back(delta: bool, fused_device: str) -> None:
     draw = Draw(SIZES | {"kv_heads": 1}, F32, fused_device, 0)
     inputs = layer_inputs(draw, delta, True, 0)
@@ -355,6 +367,9 @@ WIDE = [
 def test_gpu_fused_memory_obeys_the_error_rule(
     op: str, variant: str, key: int, value: int, tokens: int, dtype: torch.dtype
 ) -> None:
+    if dtype == F16 and VARIANTS[op][variant](Draw(SIZES, dtype, "cpu", 0)).get("rule") == "delta":
+        # With more the reference's denominators, sums of so many products, overflow in float16.
+        tokens = min(tokens, 2**16 // key)
     # Eight heads: the gradients of scale and bias are one number a head, and the rule compares the largest.
     sizes = {"key": key, "value": value, "tokens": tokens, "segment": min(tokens, 256)}
     judge(op, variant, dtype, "cuda", kv_heads=8, heads=16, **sizes)
