@@ -6,7 +6,7 @@ an independent computation; :func:`assert_no_worse`, for any dtype against the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,10 @@ from newllm.reference import context, infini, memory, window
 from newllm.types import ContextParams, FeatureMap, GatedParams, InfiniState, MemoryState, SweepInfo
 
 Inputs = dict[str, Any]
+
+
+# Draws over which a test judges on a GPU, where they cost little.
+GPU_DRAWS = 3
 
 
 def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result") -> None:
@@ -125,17 +129,28 @@ class OpCase:
         *,
         function: Callable[..., Any] | None = None,
         gradients: bool = True,
+        others: Iterable[Inputs] = (),
     ) -> None:
         """Hold ``function`` (None: the operator) with ``inputs`` of this ``dtype`` to the error rule.
 
-        The baseline's gradient overflows where float16 divides by eps, that is reads an empty memory.
+        ``others`` are further draws of the inputs, judged as one with the first: the largest of a few
+        errors is luck, on either side. The baseline's gradient overflows where float16 divides by eps,
+        that is reads an empty memory.
         """
-        found = self.results(partial(self.call, function=function), inputs, gradients)
-        oracle = self.results(self._referred(None), mapped(_double, inputs), gradients)
-        baseline = self.results(self._referred(dtype), inputs, gradients)
+        draws = [inputs, *others]
+        found = self._stacked(partial(self.call, function=function), draws, gradients)
+        oracle = self._stacked(self._referred(None), [mapped(_double, draw) for draw in draws], gradients)
+        baseline = self._stacked(self._referred(dtype), draws, gradients)
         assert found.keys() == oracle.keys() == baseline.keys()
         for name, out in found.items():
             assert_no_worse(out, oracle[name], baseline[name], name)
+
+    def _stacked(
+        self, function: Callable[[Inputs], Any], draws: list[Inputs], gradients: bool
+    ) -> dict[str, Tensor]:
+        """The results for all draws, by name."""
+        found = [self.results(function, draw, gradients) for draw in draws]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
 
     def _referred(self, compute_dtype: torch.dtype | None) -> Callable[[Inputs], Any]:
         return lambda inputs: self.reference(**inputs, compute_dtype=compute_dtype)

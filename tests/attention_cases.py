@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from newllm import ops
 from newllm.reference import infini
 from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
@@ -132,20 +131,10 @@ def _reference(*args: Any, detach: str = "none", bptt_segments: int | None = Non
     return infini.infini_attention(*args, **inputs, bptt_segments=reach)
 
 
-def _without_state_gradient(function: Callable[..., Any], **inputs: Any) -> Any:
-    out, state = function(**inputs)
-    return out, mapped(Tensor.detach, state)
-
-
 def layer(changes: str) -> OpCase:
     """The layer's case with ``changes``, whose only variant is "changed"."""
     made = {"changed": partial(_layer, changes=changes)}
-    public, reference = ops.infini_attention, _reference
-    if "full" in changes:
-        # The reference's state then has no gradient, the kernels' one that is zero.
-        public, reference = (partial(_without_state_gradient, f) for f in (public, reference))
-    case = replace(CASES["infini_attention"], public=public, reference=reference)
-    return replace(case, sizes=SIZES, variants=made)
+    return replace(CASES["infini_attention"], reference=_reference, sizes=SIZES, variants=made)
 
 
 def _window(draw: Draw, changes: str) -> Inputs:
@@ -159,15 +148,19 @@ def window(changes: str) -> OpCase:
     return replace(CASES["window_attention"], sizes=SIZES, variants=made)
 
 
-def judge(case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, **sizes: int) -> None:
-    """Hold the fused operator of a case to the error rule."""
+def judge(
+    case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, draws: int = 1, **sizes: int
+) -> None:
+    """Hold the fused operator of a case to the error rule, over so many draws from ``seed`` on."""
     if dtype == torch.float16:
         # Beyond this the reference's own sums leave float16's range.
         most = 10000 // sizes.get("key", 64)
         sizes |= {name: min(n, most) for name, n in sizes.items() if name in ("tokens", "segment", "before")}
-    inputs = case.inputs("changed", dtype, device=device, seed=seed, **sizes)
+    inputs, *others = (
+        case.inputs("changed", dtype, device=device, seed=seed + i, **sizes) for i in range(draws)
+    )
     function = partial(case.public, backend="fused")
-    case.judge(inputs, dtype, function=function, gradients=_has_gradients(inputs, dtype))
+    case.judge(inputs, dtype, function=function, gradients=_has_gradients(inputs, dtype), others=others)
 
 
 def _has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from newllm import ops
 from newllm.ops.infini_decode_fused import infini_decode as contract
 from newllm.reference.infini import empty_state, infini_attention
-from newllm.testing import CASES, assert_no_worse, leaves, mapped
+from newllm.testing import CASES, GPU_DRAWS, assert_no_worse, leaves, mapped
 from newllm.types import FeatureMap, InfiniState
 
 CASE = CASES["infini_decode"]
@@ -62,8 +62,10 @@ def by_row(table: Tensor, rows: int) -> Tensor:
 
 
 def judged(sizes: dict[str, int], variant: str, change: str, dtype: torch.dtype, device: str) -> None:
-    inputs = CASE.inputs(variant, dtype, device=device, **sizes)
-    CASE.judge({**inputs, **changed(change, inputs)}, dtype, function=FUSED)
+    draws = range(GPU_DRAWS if device == "cuda" else 1)
+    drawn = [CASE.inputs(variant, dtype, device=device, seed=seed, **sizes) for seed in draws]
+    first, *others = ({**inputs, **changed(change, inputs)} for inputs in drawn)
+    CASE.judge(first, dtype, function=FUSED, others=others)
 
 
 FEW = [

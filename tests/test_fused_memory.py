@@ -15,7 +15,7 @@ from newllm import ops
 from newllm.ops import memory_fused as fused
 from newllm.reference import memory as reference
 from newllm.reference.infini import _aligned_segments
-from newllm.testing import CASES, Draw, Inputs, OpCase, leaves, mapped
+from newllm.testing import CASES, GPU_DRAWS, Draw, Inputs, OpCase, leaves, mapped
 from newllm.types import FeatureMap, MemoryState
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -111,12 +111,15 @@ def case_of(op: str) -> OpCase:
     return replace(CASES[op], sizes=SIZES, variants=VARIANTS[op])
 
 
-def judge(op: str, variant: str, dtype: torch.dtype, device: str, **sizes: int) -> None:
+def judge(op: str, variant: str, dtype: torch.dtype, device: str, *, draws: int = 1, **sizes: int) -> None:
     case = case_of(op)
-    inputs = case.inputs(variant, dtype, device=device, **sizes)
+    inputs, *others = (
+        case.inputs(variant, dtype, device=device, seed=seed, **sizes) for seed in range(draws)
+    )
     # A float16 reference divides by a clamped weight where its state is empty: its gradient overflows.
     gradients = dtype != F16 or "empty" not in variant
-    case.judge(inputs, dtype, function=partial(case.public, backend="fused"), gradients=gradients)
+    function = partial(case.public, backend="fused")
+    case.judge(inputs, dtype, function=function, gradients=gradients, others=others)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +245,19 @@ LAYER = [(delta, *each) for delta in (False, True) for each in ((True, None), (T
 
 
 def judge_layer(
-    delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, device: str, **sizes: int
+    delta: bool,
+    streaming: bool,
+    reach: int | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    draws: int = 1,
+    **sizes: int,
 ) -> None:
     make = partial(layer_inputs, delta=delta, streaming=streaming, reach=reach)
     case = OpCase(layer_kernels, layer_reference, SIZES | sizes, {"layer": make})
-    case.judge(case.inputs("layer", dtype, device=device), dtype)
+    inputs, *others = (case.inputs("layer", dtype, device=device, seed=seed) for seed in range(draws))
+    case.judge(inputs, dtype, others=others)
 
 
 @pytest.mark.parametrize(("delta", "streaming", "reach"), LAYER)
@@ -372,7 +383,7 @@ def test_gpu_fused_memory_obeys_the_error_rule(
         tokens = min(tokens, 2**16 // key)
     # Eight heads: the gradients of scale and bias are one number a head, and the rule compares the largest.
     sizes = {"key": key, "value": value, "tokens": tokens, "segment": min(tokens, 256)}
-    judge(op, variant, dtype, "cuda", kv_heads=8, heads=16, **sizes)
+    judge(op, variant, dtype, "cuda", draws=GPU_DRAWS, kv_heads=8, heads=16, **sizes)
 
 
 @pytest.mark.gpu
@@ -384,7 +395,7 @@ def test_gpu_layer_writes_whole_segments(
     delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
 ) -> None:
     sizes = {"key": key, "value": value, "segment": segment, "tokens": 5 * segment + 7}
-    judge_layer(delta, streaming, reach, dtype, "cuda", kv_heads=8, **sizes)
+    judge_layer(delta, streaming, reach, dtype, "cuda", draws=GPU_DRAWS, kv_heads=8, **sizes)
 
 
 @pytest.mark.gpu

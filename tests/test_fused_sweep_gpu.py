@@ -10,7 +10,7 @@ from torch import Tensor
 
 from newllm import backend, ops
 from newllm.ops.context_fused import context_sweep
-from newllm.testing import CASES, Inputs, largest
+from newllm.testing import CASES, GPU_DRAWS, Inputs, largest
 
 CASE = CASES["context_sweep"]
 pytestmark = [
@@ -30,8 +30,8 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def inputs(dtype: torch.dtype = F32, **sizes: int) -> Inputs:
-    return CASE.inputs("context", dtype, device="cuda", **{"input": 16, "layers": 1, **sizes})
+def inputs(dtype: torch.dtype = F32, seed: int = 0, **sizes: int) -> Inputs:
+    return CASE.inputs("context", dtype, device="cuda", seed=seed, **{"input": 16, "layers": 1, **sizes})
 
 
 def fused(**given: Any) -> Any:
@@ -39,7 +39,8 @@ def fused(**given: Any) -> Any:
 
 
 def judge(dtype: torch.dtype, **sizes: int) -> None:
-    CASE.judge(inputs(dtype, **sizes), dtype, function=fused, gradients=dtype != F16)
+    first, *others = (inputs(dtype, seed, **sizes) for seed in range(GPU_DRAWS))
+    CASE.judge(first, dtype, function=fused, gradients=dtype != F16, others=others)
 
 
 @DTYPES
@@ -87,9 +88,10 @@ def test_the_gated_cell(
     batch: int, width: int, hidden: int, deeper: int, clamp: float | None, dtype: torch.dtype
 ) -> None:
     sizes = {"batch": batch, "tokens": 4, "input": 16, "width": width, "hidden": hidden, "layers": deeper}
-    given = CASE.inputs("gated", dtype, device="cuda", **sizes)
-    given["params"] = given["params"]._replace(clamp=clamp)
-    CASE.judge(given, dtype, function=fused, gradients=dtype != F16)
+    draws = [CASE.inputs("gated", dtype, device="cuda", seed=seed, **sizes) for seed in range(GPU_DRAWS)]
+    for given in draws:
+        given["params"] = given["params"]._replace(clamp=clamp)
+    CASE.judge(draws[0], dtype, function=fused, gradients=dtype != F16, others=draws[1:])
 
 
 def swept(given: Inputs, drive: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
