@@ -21,8 +21,8 @@ from newllm.types import ContextParams, FeatureMap, GatedParams, InfiniState, Me
 Inputs = dict[str, Any]
 
 
-# Draws over which a test judges on a GPU, where they cost little.
-GPU_DRAWS = 3
+# Draws over which a row on a GPU is judged. float32 needs them: there both sides err by a few roundings.
+GPU_DRAWS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
 
 
 def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result") -> None:

@@ -62,7 +62,7 @@ def by_row(table: Tensor, rows: int) -> Tensor:
 
 
 def judged(sizes: dict[str, int], variant: str, change: str, dtype: torch.dtype, device: str) -> None:
-    draws = range(GPU_DRAWS if device == "cuda" else 1)
+    draws = range(GPU_DRAWS[dtype] if device == "cuda" else 1)
     drawn = [CASE.inputs(variant, dtype, device=device, seed=seed, **sizes) for seed in draws]
     first, *others = ({**inputs, **changed(change, inputs)} for inputs in drawn)
     CASE.judge(first, dtype, function=FUSED, others=others)

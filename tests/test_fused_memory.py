@@ -383,7 +383,7 @@ def test_gpu_fused_memory_obeys_the_error_rule(
         tokens = min(tokens, 2**16 // key)
     # Eight heads: the gradients of scale and bias are one number a head, and the rule compares the largest.
     sizes = {"key": key, "value": value, "tokens": tokens, "segment": min(tokens, 256)}
-    judge(op, variant, dtype, "cuda", draws=GPU_DRAWS, kv_heads=8, heads=16, **sizes)
+    judge(op, variant, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, heads=16, **sizes)
 
 
 @pytest.mark.gpu
@@ -395,7 +395,7 @@ def test_gpu_layer_writes_whole_segments(
     delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
 ) -> None:
     sizes = {"key": key, "value": value, "segment": segment, "tokens": 5 * segment + 7}
-    judge_layer(delta, streaming, reach, dtype, "cuda", draws=GPU_DRAWS, kv_heads=8, **sizes)
+    judge_layer(delta, streaming, reach, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, **sizes)
 
 
 @pytest.mark.gpu
