@@ -75,7 +75,7 @@ def sequence_attention(
     for messages in sent:
         messages.wait()
     kept = memory or [q.new_empty(0, dtype=state_dtype(q.dtype)) for _ in range(4)]
-    return out, lse, seen_k, seen_v, *kept
+    return out.contiguous(), lse, seen_k, seen_v, *(x.contiguous() for x in kept)
 
 
 @sequence_attention.register_fake
