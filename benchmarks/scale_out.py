@@ -4,8 +4,8 @@
 one row per measurement, in this order: ``exact`` (bits and errors against one GPU), ``hop`` (a message to the
 neighbour), ``layer`` (forward and backward on one GPU and on all), ``forward`` (millions of tokens, and the
 memory's error against float64), ``step`` (a SmolLM2-135M shape: forward, loss, backward, AdamW). A row on one
-GPU is timed on all at the same time, so that they share clocks and heat; the fastest counts. Rows that are done
-are on the disk when a later part fails. Without GPUs it runs tiny shapes over gloo.
+GPU is timed on all at the same time, so that they share clocks and heat; the fastest counts. Rows that are
+done are on the disk when a later part fails. Without GPUs it runs tiny shapes over gloo.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ class Bench:
     def synchronise(self) -> None:
         torch.get_device_module(self.device).synchronize()
 
-    def times(self, call: Callable[[], Any], *, warm: int = 2, least: int = 5, most: int = 20) -> list[Tensor]:
-        """Milliseconds of each of several calls, on every rank: ``[ranks]`` each. All ranks start together."""
+    def times(
+        self, call: Callable[[], Any], *, warm: int = 2, least: int = 5, most: int = 20
+    ) -> list[Tensor]:
+        """Milliseconds of several calls, which all ranks start together: ``[ranks]`` of each call."""
         for _ in range(warm):
             call()
         taken, begin = [], time.perf_counter()
@@ -91,7 +93,15 @@ class Bench:
         times = self.times(call)
         each = [float(x.min() if alone else x.max()) for x in times]
         low, ms, high = statistics.quantiles(each, n=4, method="inclusive")
-        self.row(name, gpus=1 if alone else self.line.size, ms=ms, ms_low=low, ms_high=high, rounds=len(each), **values)
+        self.row(
+            name,
+            gpus=1 if alone else self.line.size,
+            ms=ms,
+            ms_low=low,
+            ms_high=high,
+            rounds=len(each),
+            **values,
+        )
         return ms
 
 
@@ -102,7 +112,9 @@ def inputs(
     heads, kv_heads, width = SHAPES[shape]
     draw = torch.Generator(bench.device).manual_seed(seed)
     q, k, v = (
-        torch.randn(1, n, tokens, width, device=bench.device, dtype=dtype, generator=draw).requires_grad_(grad)
+        torch.randn(1, n, tokens, width, device=bench.device, dtype=dtype, generator=draw).requires_grad_(
+            grad
+        )
         for n in (heads, kv_heads, kv_heads)
     )
     return q, k, v, torch.linspace(-1, 1, heads, device=bench.device).requires_grad_(grad)
@@ -114,7 +126,9 @@ def exact(bench: Bench, shape: str, tokens: int, window: int, dtype: torch.dtype
     first, end = slice_bounds(tokens, line.size, segment=window, window=window)[line.rank]
     for rule in ("linear", "delta"):
         whole = inputs(bench, shape, tokens, seed=1, grad=True, dtype=dtype)
-        slope = torch.randn(whole[0].shape, device=bench.device, generator=torch.Generator(bench.device).manual_seed(2))
+        slope = torch.randn(
+            whole[0].shape, device=bench.device, generator=torch.Generator(bench.device).manual_seed(2)
+        )
         out, state = ops.infini_attention(*whole, window=window, segment=window, rule=rule)
         wanted = torch.autograd.grad(out, whole, slope.to(dtype))
         part = [x.detach()[:, :, first:end].requires_grad_() for x in whole[:3]]
@@ -127,7 +141,10 @@ def exact(bench: Bench, shape: str, tokens: int, window: int, dtype: torch.dtype
         bits.append(not line.last or torch.equal(after.matrix, state.matrix))
         same = torch.tensor([float(x) for x in bits], device=bench.device)
         dist.all_reduce(same, dist.ReduceOp.MIN)
-        pairs = [*zip(found[:3], (x[:, :, first:end] for x in wanted[:3]), strict=True), (beta_slope, wanted[3])]
+        pairs = [
+            *zip(found[:3], (x[:, :, first:end] for x in wanted[:3]), strict=True),
+            (beta_slope, wanted[3]),
+        ]
         errors = torch.stack([relative(a, b) for a, b in [(own, out[:, :, first:end]), *pairs]])
         dist.all_reduce(errors, dist.ReduceOp.MAX)
         names = ("out", "dq", "dk", "dv", "dbeta")
@@ -146,7 +163,9 @@ def hop(bench: Bench, sizes: list[int]) -> None:
     """A message to the right neighbour, of several sizes: the time of one hop."""
     for size in sizes:
         message = torch.zeros(size, dtype=torch.uint8, device=bench.device)
-        bench.race("hop", lambda m=message: bench.line.shift(m, m, "a message").wait(), alone=False, bytes=size)
+        bench.race(
+            "hop", lambda m=message: bench.line.shift(m, m, "a message").wait(), alone=False, bytes=size
+        )
 
 
 def layer_step(parts: Any, slope: Tensor, **options: Any) -> Callable[[], None]:
@@ -191,6 +210,7 @@ def long_forward(bench: Bench, shape: str, tokens: int, window: int, dtype: torc
     parts = inputs(bench, shape, end - first, seed=line.rank, grad=False, dtype=dtype)
     rope = Rotary.from_theta(parts[0].shape[3])(end - first + window, parts[0])
     with torch.no_grad():
+
         def call() -> Any:
             return sequence_attention(*parts, mesh=line, window=window, segment=window, rope=rope)
 
@@ -200,9 +220,15 @@ def long_forward(bench: Bench, shape: str, tokens: int, window: int, dtype: torc
             k, v = (x[:, :, begin : begin + 16 * window].double() for x in parts[1:3])
             total += torch.where(k > 0, k + 1, k.clamp(max=0).exp()).mT @ v
         dist.all_reduce(total)
-        error = relative(state.matrix, total) if line.last else torch.zeros((), dtype=torch.float64, device=bench.device)
+        error = (
+            relative(state.matrix, total)
+            if line.last
+            else torch.zeros((), dtype=torch.float64, device=bench.device)
+        )
         dist.all_reduce(error, dist.ReduceOp.MAX)
-        bench.race("forward", call, alone=False, shape=shape, tokens=tokens, window=window, state_error=float(error))
+        bench.race(
+            "forward", call, alone=False, shape=shape, tokens=tokens, window=window, state_error=float(error)
+        )
 
 
 def training_steps(bench: Bench, sizes: dict[str, Any], tokens: int, window: int, compiled: bool) -> None:
@@ -227,18 +253,16 @@ def training_steps(bench: Bench, sizes: dict[str, Any], tokens: int, window: int
             return batch_loss(model(input_ids=part["input_ids"], use_cache=False).logits, part)
 
         loss = torch.compile(loss_of) if compiled else loss_of
-        losses: list[float] = []
 
-        def step(loss: Any = loss, model: Any = model, part: Any = own, optimiser: Any = optimiser) -> None:
+        def step(loss: Any = loss, model: Any = model, part: Any = own, optimiser: Any = optimiser) -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 value = loss(model, part)
             value.backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            losses.append(value.detach())  # type: ignore[arg-type]
+            return value.detach()
 
-        step()
-        mean = losses[0].clone()  # type: ignore[attr-defined]
+        mean = step()
         dist.all_reduce(mean)
         ms[alone] = bench.race(
             "step", step, alone=alone, tokens=tokens, window=window, compiled=compiled,

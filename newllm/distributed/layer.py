@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newllm.distributed.line import Line
+from newllm.distributed.line import Line, Messages
 from newllm.distributed.memory import fold, unfold
 from newllm.ops import slices_fused
 from newllm.reference import slices as slices_reference
@@ -54,15 +54,15 @@ def sequence_attention(
     """The layer over this rank's slice: q ``[B, H, T, K]``, k and v ``[B, Hkv, T, ...]``.
 
     ``matrix``, ``norm`` and the last W ``keys`` and ``values`` are of the tokens before the sequence, for the
-    first rank. Returns out ``[B, H, T, V]``, its log-sum-exp, keys and values behind the left neighbour's last
-    W (empty where there are none), the memory before each segment, and after the slice.
+    first rank. Returns out ``[B, H, T, V]``, its log-sum-exp, keys and values behind the left neighbour's
+    last W (empty where there are none), the memory before each segment, and after the slice.
     """
     line, call = Line(group, rank, size), Call(window, segment, gate, rule, eps, order)
     compute, memory = STEPS[steps], None
     # On its way while the memory is folded.
     halo = line.shift(_last(k, v, window), _last(k, v, window), "keys and values") if window else None
     x = Slice(q, k, v, beta, _rope(cos, sin), scale, bias, weight)
-    sent = []
+    sent: list[Messages] = []
     if beta is not None:
         memory, sent = fold(compute, line, x, call, (matrix, norm) if line.first else (None, None))
     came = halo.wait() if halo else None
@@ -188,12 +188,10 @@ def sequence_attention_backward(
         messages.wait()
     # Views: to move what lies behind the halo to the front would cost as much as a rotation.
     slopes = slopes._replace(q=slopes.q.contiguous(), k=dk[:, :, x.past :], v=dv[:, :, x.past :])
-    primals = dict(zip(LEARNED, (q, k, v, beta, scale, bias, weight), strict=True))
-    given = {name: getattr(slopes, name) for name in LEARNED}
-    return [
-        q.new_empty(0) if slope is None or primals[name] is None else slope.to(primals[name].dtype)
-        for name, slope in given.items()
-    ]
+    given = zip(
+        (getattr(slopes, name) for name in LEARNED), (q, k, v, beta, scale, bias, weight), strict=True
+    )
+    return [q.new_empty(0) if a is None or b is None else a.to(b.dtype) for a, b in given]
 
 
 @sequence_attention_backward.register_fake

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import (
+    _resolve_process_group,  # type: ignore[attr-defined] # how traceable collectives find theirs
+)
 
 
 class Line(NamedTuple):
@@ -48,9 +51,8 @@ class Line(NamedTuple):
         incoming = self.shift(None, like, what, back=back).wait()
         message = step(incoming)
         behind = self.rank - 1 if back else self.rank + 1
-        if not 0 <= behind < self.size:
-            return Messages(what, self.rank, [], None)
-        return self._post(what, message.contiguous(), behind, None, None)
+        sent = message.contiguous() if 0 <= behind < self.size else None
+        return self._post(what, sent, behind, None, behind)
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of each of ``values`` over all ranks."""
@@ -60,56 +62,55 @@ class Line(NamedTuple):
 
     def group(self) -> dist.ProcessGroup:
         """The process group itself."""
-        return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+        return _resolve_process_group(self.name)  # type: ignore[arg-type] # a NewType of str, private
 
     def _post(
-        self, what: str, sent: Tensor | None, target: int, received: Tensor | None, source: int | None
+        self, what: str, sent: Tensor | None, target: int, received: Tensor | None, source: int
     ) -> Messages:
-        group, posted, peers = self.group() if self.size > 1 else None, [], []
-        if received is not None:
-            posted.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
-            peers.append(source)
-        if sent is not None:
-            posted.append(dist.P2POp(dist.isend, sent, group=group, group_peer=target))
-            peers.append(target)
-        try:
-            works = dist.batch_isend_irecv(posted) if posted else []
-        except RuntimeError as error:
-            raise _lost(self.rank, what, peers, error) from error
-        # A backend may put all messages into one piece of work.
-        named = peers if len(works) == len(peers) else [None] * len(works)
-        return Messages(what, self.rank, list(zip(works, named, strict=True)), received, sent, tuple(peers))
+        posted, peers = [], []
+        for operation, tensor, peer in ((dist.irecv, received, source), (dist.isend, sent, target)):
+            if tensor is not None:
+                posted.append(dist.P2POp(operation, tensor, group=self.group(), group_peer=peer))
+                peers.append(peer)
+        messages = Messages(what, self.rank, peers, received, sent)
+        if posted:
+            try:
+                messages.works.extend(dist.batch_isend_irecv(posted))
+            except RuntimeError as error:
+                raise messages.lost(error) from error
+        return messages
 
 
-class Messages(NamedTuple):
-    """Messages on their way, to be waited for once; then ``received`` is filled and ``sent`` is free."""
+class Messages:
+    """Messages to ``peers`` on their way, to be waited for once."""
 
-    what: str
-    rank: int
-    works: list[tuple[dist.Work, int | None]]
-    received: Tensor | None
-    sent: Tensor | None = None
-    peers: tuple[int, ...] = ()
+    def __init__(
+        self, what: str, rank: int, peers: list[int], received: Tensor | None, sent: Tensor | None
+    ) -> None:
+        self.what, self.rank, self.peers = what, rank, peers
+        # What is sent has to stay until it is.
+        self.received, self.sent = received, sent
+        self.works: list[dist.Work] = []
 
     def wait(self) -> Tensor | None:
         """What came, None at the line's end.
 
         Raises RuntimeError where a neighbour does not answer within the process group's timeout.
         """
-        for work, peer in self.works:
+        for work in self.works:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise _lost(self.rank, self.what, self.peers if peer is None else [peer], error) from error
+                raise self.lost(error) from error
         return self.received
 
-
-def _lost(rank: int, what: str, peers: list[int] | tuple[int, ...], error: RuntimeError) -> RuntimeError:
-    names = " and ".join(str(peer) for peer in peers)
-    return RuntimeError(
-        f"sequence parallelism stops: rank {rank} could not exchange {what} with rank {names} of its line, "
-        f"which has ended, hangs, or computes something else ({str(error).splitlines()[0]})"
-    )
+    def lost(self, error: RuntimeError) -> RuntimeError:
+        """What to say when a neighbour does not answer."""
+        names = " or ".join(str(peer) for peer in self.peers)
+        return RuntimeError(
+            f"sequence parallelism stops: rank {self.rank} could not exchange {self.what} with rank {names} "
+            f"of its line, which has ended, hangs or computes something else ({str(error).splitlines()[0]})"
+        )
 
 
 def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
@@ -121,9 +122,9 @@ def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
     """
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
-            names = mesh.mesh_dim_names or tuple(range(mesh.ndim))
+            names = mesh.mesh_dim_names or [f"of {size}" for size in mesh.shape]
             raise ValueError(
-                f"mesh must have one dimension, such as mesh['sequence'], got {mesh.ndim}: {', '.join(map(str, names))}"
+                f"mesh must have one dimension, such as mesh['sequence'], got {mesh.ndim}: {', '.join(names)}"
             )
         if mesh.get_coordinate() is None:
             raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh.mesh.tolist()}")

@@ -49,8 +49,8 @@ def unfold(
 ) -> Unfolded:
     """The adjoint of :func:`fold`.
 
-    ``before`` and ``norms`` are what it returned, ``read`` holds their gradients, ``own`` are the gradients of
-    the memory after this rank's slice, beside those that come from the right.
+    ``before`` and ``norms`` are what it returned, ``read`` holds their gradients, ``own`` are the gradients
+    of the memory after this rank's slice, beside those that come from the right.
     """
     assert read.matrix is not None
     assert read.norm is not None

@@ -1,8 +1,8 @@
 """One sequence over the ranks of a device mesh's dimension: each holds a slice of every layer's tokens.
 
-Ranks exchange two things a layer: the last W keys and values with the right neighbour, and the memory, which is
-folded from left to right. Neither depends on how long the sequence is. Backwards the gradients of both go from
-right to left.
+Ranks exchange two things a layer: the last W keys and values with the right neighbour, and the memory, which
+is folded from left to right. Neither depends on how long the sequence is. Backwards the gradients of both go
+from right to left.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def slice_bounds(tokens: int, ranks: int, *, segment: int, window: int | None) -
     shortest = min(b - a for a, b in pairwise(borders))
     checks.require(
         shortest >= least, "tokens", tokens,
-        "enough for slices of at least {} tokens (the window, in whole segments) on each of {} ranks", least, ranks,
+        "enough for slices of at least {} tokens (the window, in whole segments) on each of {} ranks",
+        least, ranks,
     )  # fmt: skip
     return list(pairwise(borders))
 
@@ -115,11 +116,11 @@ def sequence_attention(
     sends what :func:`traffic` says.
 
     Args:
-        q: this rank's slice ``[B, H, T, K]``; T is a multiple of ``segment``, at least ``window`` where there are
-            several ranks, and may differ from rank to rank. k: ``[B, Hkv, T, K]``. v: ``[B, Hkv, T, V]``.
+        q: this rank's slice ``[B, H, T, K]``; T is a multiple of ``segment``, at least ``window`` where there
+            are several ranks, and may differ from rank to rank. k: ``[B, Hkv, T, K]``. v: ``[B, Hkv, T, V]``.
         beta, window, segment, gate, eps: see ``newllm.ops.infini_attention``.
         mesh: one dimension of a device mesh, or a process group.
-        rope: (cos, sin) ``[N, K]`` or ``[B, N, K]`` with N >= T + ``window``; the last T rows belong to the slice,
+        rope: (cos, sin) ``[N, K]`` or ``[B, N, K]``, N >= T + ``window``; the last T rows are the slice's,
             the rows before to the tokens before it, whether or not there are any.
         state: the stream before the sequence, at a segment border and at least a window long; the first rank
             begins with it. It gets no gradient.
@@ -130,7 +131,7 @@ def sequence_attention(
         backend: ``reference`` or ``fused``; None chooses.
 
     Returns:
-        This slice's output ``[B, H, T, V]``, and the state after the slice; on the last rank that of the stream.
+        This slice's output ``[B, H, T, V]``, and the state after it; on the last rank the stream's.
 
     Raises:
         TypeError: for a wrong dtype or mesh. ValueError: for a wrong size or choice.
@@ -155,16 +156,17 @@ def sequence_attention(
         )  # fmt: skip
     begin = line.rank * k.shape[2] if start is None else start
     keys, values, position = _stream_after(k, v, window or segment, begin, state)
-    memory = (None, None) if beta is None else (matrix, norm)
-    return out, InfiniState(*memory, keys, values, position)
+    if beta is None:
+        matrix = norm = None
+    return out, InfiniState(matrix, norm, keys, values, position)
 
 
 def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     """Let every layer of a Senri ``model`` take its sequences in slices over ``mesh``; returns the model.
 
-    Weights stay as they are, so that checkpoints do not depend on it. Each rank then feeds its own slice of the
-    tokens, in the order of ranks, without padding or cache; its logits are those of its slice. Losses and their
-    gradients are to be summed over the ranks.
+    Weights stay as they are, so that checkpoints do not depend on it. Each rank then feeds its own slice of
+    the tokens, in the order of ranks, without padding or cache; its logits are those of its slice. Losses and
+    their gradients are to be summed over the ranks.
 
     Raises:
         ValueError: for a model without Infini-attention.
@@ -172,8 +174,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     line = mesh if isinstance(mesh, Line) else line_of(mesh)
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
     checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
-    for module in layers:
-        module.attend = partial(_attend, mesh=line)
+    for attention in layers:
+        attention.attend = partial(_attend, mesh=line)
     for module in model.modules():
         if isinstance(module, SenriModel):
             module.sliced = True
@@ -203,9 +205,9 @@ def _before(state: InfiniState | None, window: int | None) -> tuple[Tensor | Non
     """Matrix, norm, and the last W keys and values, oldest first, of the stream before the sequence."""
     if state is None:
         return (None,) * 4
-    past = (None, None)
-    if window is not None:
-        past = tuple(ring_history(ring, state.position, window) for ring in (state.keys, state.values))  # type: ignore[assignment]
+    if window is None:
+        return state.matrix, state.norm, None, None
+    past = (ring_history(ring, state.position, window) for ring in (state.keys, state.values))
     return state.matrix, state.norm, *past
 
 

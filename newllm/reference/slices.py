@@ -2,13 +2,14 @@
 
 Between the steps the memory comes from the rank before and goes to the rank behind. A slice starts at a
 segment border, is a multiple of the segment long, and has the window's W earlier keys before it (P = W), or
-none (P = 0) where the sequence begins. Each segment is computed alone, so that its numbers do not depend on how
-the sequence was sliced. ``newllm.ops.slices_fused`` has the same steps as kernels.
+none (P = 0) where the sequence begins. Each segment is computed alone, so that its numbers do not depend on
+how the sequence was sliced. ``newllm.ops.slices_fused`` has the same steps as kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class Call(NamedTuple):
 class Slice(NamedTuple):
     """q ``[B, H, T, K]``; k, v ``[B, Hkv, P + T, ...]``, raw, with the P tokens before the first query.
 
-    ``beta [H]`` (None: no memory), tables ``[P + T, K]`` or ``[B, P + T, K]``, the feature map's ``scale`` and
-    ``bias`` ``[Hkv]``, ``weight [B, N]`` of what segments add.
+    ``beta [H]`` (None: no memory), tables ``[P + T, K]`` or ``[B, P + T, K]``, the feature map's ``scale``
+    and ``bias`` ``[Hkv]``, ``weight [B, N]`` of what segments add.
     """
 
     q: Tensor
@@ -88,17 +89,9 @@ def added(x: Slice, call: Call) -> tuple[Tensor, Tensor]:
 def _added(
     k: Tensor, v: Tensor, scale: Tensor | None, bias: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
-    features, values = _segments(k, v, scale, bias, call)
-    dtype = state_dtype(k.dtype)
-    return (features.mT @ values).to(dtype), features.sum(-2, dtype=dtype)
-
-
-def _segments(
-    k: Tensor, v: Tensor, scale: Tensor | None, bias: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
-    compute = state_dtype(k.dtype)
-    k, v = (y.to(compute).unflatten(2, (-1, call.segment)) for y in (k, v))
-    return write_segments(k, v, None, _feature(scale, bias, call))[:2]
+    k, v = (y.to(state_dtype(k.dtype)).unflatten(2, (-1, call.segment)) for y in (k, v))
+    segments = write_segments(k, v, None, _feature(scale, bias, call))
+    return segments.features.mT @ segments.values, segments.features.sum(-2)
 
 
 def _feature(scale: Tensor | None, bias: Tensor | None, call: Call) -> FeatureMap:
@@ -172,8 +165,8 @@ def delta_chain(
 ) -> tuple[Tensor, Tensor]:
     """``M <- M - A' M + step`` from segment to segment: M before each, and the last.
 
-    ``corrections [B, Hkv, N, F, F]`` are A', ``steps [B, Hkv, N, F, V]`` None for no steps, ``start`` None for
-    zeros; one of the two is given.
+    ``corrections [B, Hkv, N, F, F]`` are A', ``steps [B, Hkv, N, F, V]`` None for no steps, ``start`` None
+    for zeros; one of the two is given.
     """
     if start is None:
         assert steps is not None
@@ -214,7 +207,7 @@ def _read(
 
 
 def _windows(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, call: Call) -> Tensor:
-    """The window's attention with one row for each segment, behind W keys that are hidden where there is none."""
+    """The window's attention, one row for each segment behind W keys, hidden where there are none."""
     batch, segment = len(q), call.segment
     reach = 0 if call.window is None else call.window
     past = k.shape[2] - q.shape[2]
@@ -245,7 +238,7 @@ def read_backward(
     """Gradients of all that :func:`read` read."""
     names = ("q", "k", "v", "beta", "scale", "bias", "matrix", "norm")
     primals = (*x[:4], x.scale, x.bias, matrix, norm)
-    found = _pull(lambda *given: _read(*given, x.rope, call), names, primals, do)
+    found = _pull(partial(_read, rope=x.rope, call=call), names, primals, do)
     recalled = found.pop("matrix", None), found.pop("norm", None)
     return Read(Slopes(**found), *recalled)
 
@@ -258,7 +251,7 @@ def norm_slopes(
     ``matrix`` and ``norm`` stood before each segment, ``after`` is the gradient of the matrix after it.
     """
     found = _pull(
-        lambda *given: _corrections(*given, call), ("k", "scale", "bias", "norm"),
+        partial(_corrections, call=call), ("k", "scale", "bias", "norm"),
         (x.new()[0], x.scale, x.bias, norm), -(after @ matrix.mT),
     )  # fmt: skip
     return found.pop("norm"), found
@@ -277,10 +270,8 @@ def added_backward(
         weighed = ((matrix * after).sum((1, 3, 4)) + (norms * after_norm).sum((1, 3))).to(x.weight.dtype)
         share = x.weight.to(after.dtype)[:, None, :, None]
         scaled = after * share[..., None], after_norm * share
-    told = _pull(
-        lambda *given: _added(*given, call), ("k", "v", "scale", "bias"), (*x.new(), x.scale, x.bias), scaled
-    )
-    slopes = found.slopes._asdict() | {"weight": weighed}
+    told = _pull(partial(_added, call=call), ("k", "v", "scale", "bias"), (*x.new(), x.scale, x.bias), scaled)
+    slopes: dict[str, Any] = found.slopes._asdict() | {"weight": weighed}
     for part in (told, rest or {}):
         for name, slope in part.items():
             if name in ("k", "v"):
