@@ -1,18 +1,24 @@
 """One sequence over the GPUs of a host: strong scaling of a layer and of a training step, and its exactness.
 
-``torchrun --standalone --nproc-per-node 2 benchmarks/scale_out.py --out DIR`` writes ``DIR/scale_out.jsonl``,
-one row per measurement, in this order: ``exact`` (bits and errors against one GPU), ``hop`` (a message to the
-neighbour), ``layer`` (forward and backward on one GPU and on all), ``forward`` (millions of tokens, and the
-memory's error against float64), ``step`` (a SmolLM2-135M shape: forward, loss, backward, AdamW). A row on one
-GPU is timed on all at the same time, so that they share clocks and heat; the fastest counts. Rows that are
-done are on the disk when a later part fails. Without GPUs it runs tiny shapes over gloo.
+``python benchmarks/scale_out.py --out DIR --processes 2`` writes ``DIR/scale_out.jsonl``, one row per
+measurement, by launching each of PARTS with torchrun under a time limit of its own: ``exact`` (bits and
+errors against one GPU), ``layer`` (forward and backward on one GPU and on all), ``step`` (a SmolLM2-135M
+shape: forward, loss, backward, AdamW), ``forward`` (millions of tokens, and the memory's error against float64),
+``hop`` (a message to the neighbour), ``compiled`` (the step under torch.compile). A row on one GPU is timed
+on all at the same time, so that they share clocks and heat; the fastest counts. A row is on the disk as soon
+as it is measured; a part that fails or takes too long is named and the next begins. ``--parts`` chooses
+parts, whose rows are then added to the file. Without GPUs it runs tiny shapes over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from newllm import ops
 from newllm.backend import process, training_device
 from newllm.distributed.line import Line, line_of
-from newllm.distributed.sequence_parallel import parallelize, sequence_attention, slice_bounds, traffic
+from newllm.distributed.senri import parallelize
+from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds, traffic
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules.rotary import Rotary
 from newllm.runs import provenance
@@ -49,9 +56,6 @@ class Bench:
         self.device, self.line, self.seconds = device, line, seconds
         self.file, self.began = out / "scale_out.jsonl", time.perf_counter()
         self.facts = provenance(0)
-        if line.first:
-            out.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("", encoding="utf-8")
 
     def row(self, part: str, **values: Any) -> None:
         """Write and show a row; the first rank does."""
@@ -273,48 +277,76 @@ def training_steps(bench: Bench, sizes: dict[str, Any], tokens: int, window: int
     bench.row("step speedup", tokens=tokens, compiled=compiled, speedup=ms[True] / ms[False])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row")
-    parser.add_argument("--until", type=float, default=130.0, help="begin nothing after so many seconds")
-    args = parser.parse_args()
+# Part -> seconds it may take, Triton's compilation included.
+PARTS = {"exact": 75, "layer": 75, "step": 60, "forward": 45, "hop": 30, "compiled": 150}
+
+
+def parts_of(bench: Bench, part: str) -> None:
+    """Measure one of PARTS."""
+    if bench.device.type == "cuda":
+        dtype, window, k = torch.bfloat16, 1024, 1024
+        small, lengths, long, train = 16 * k, [512 * k, 256 * k, 128 * k], 4096 * k, 64 * k
+        sizes, hops = SMOLLM2, [2**10, 2**17, 2**20, 2**23, 2**26]
+    else:
+        dtype, window = torch.float32, 16
+        small, lengths, long, train = 128, [128, 64], 256, 64
+        sizes, hops = TINY, [2**10, 2**17]
+    if part == "exact":
+        for shape in SHAPES:
+            exact(bench, shape, small, window, dtype)
+    elif part == "layer":
+        for tokens in lengths:
+            for shape in SHAPES:
+                layers(bench, shape, [tokens], window, dtype)
+    elif part == "forward":
+        long_forward(bench, "8B", long, window, dtype)
+    elif part == "hop":
+        hop(bench, hops)
+    else:
+        training_steps(bench, sizes, train, window, compiled=part == "compiled")
+
+
+def measure(part: str, out: Path, seconds: float) -> None:
+    """One part in one of the launched processes."""
     device = training_device()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    assert dist.get_world_size() == process()[1]
     # A group of its own, so that neighbours need not wait for the sums of gradients.
-    line = line_of(dist.new_group(list(range(process()[1]))))
-    bench = Bench(args.out, device, line, args.seconds)
-    if on_gpu:
-        dtype, window, k = torch.bfloat16, 1024, 1024
-        small, lengths, long, train = 16 * k, [128 * k, 256 * k, 512 * k], 4096 * k, 64 * k
-        sizes, hops = SMOLLM2, [2**10, 2**17, 2**20, 2**23, 2**26]
-    else:
-        dtype, window = torch.float32, 16
-        small, lengths, long, train = 128, [64, 128], 256, 64
-        sizes, hops = TINY, [2**10, 2**17]
-    todo: list[Callable[[], None]] = [
-        lambda: exact(bench, "8B", small, window, dtype),
-        lambda: exact(bench, "SmolLM", small, window, dtype),
-        lambda: hop(bench, hops),
-        lambda: layers(bench, "8B", lengths, window, dtype),
-        lambda: layers(bench, "SmolLM", lengths, window, dtype),
-        lambda: training_steps(bench, sizes, train, window, compiled=False),
-        lambda: long_forward(bench, "8B", long, window, dtype),
-        lambda: training_steps(bench, sizes, train, window, compiled=True),
-    ]
-    for part in todo:
-        late = torch.tensor(float(time.perf_counter() - bench.began > args.until), device=device)
-        dist.all_reduce(late)
-        if late:
-            break
-        part()
-        if on_gpu:
-            torch.cuda.empty_cache()
+    line = line_of(dist.new_group(list(range(dist.get_world_size()))))
+    parts_of(Bench(out, device, line, seconds), part)
     dist.destroy_process_group()
+
+
+def launch(part: str, args: argparse.Namespace) -> None:
+    """One part in ``args.processes`` processes, ended when its time is up."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+    own = [__file__, "--out", str(args.out), "--seconds", str(args.seconds), "--parts", part]
+    with subprocess.Popen([sys.executable, *torchrun, *own], start_new_session=True) as process:
+        try:
+            status = f"exit status {process.wait(PARTS[part] * args.patience)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = "stopped: out of time"
+    print(f"{part}: {status}", flush=True)
+
+
+def main() -> None:
+    """Launch the parts, or be one of a part's processes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor of the parts' time limits")
+    args = parser.parse_args()
+    if process()[1] > 1:
+        measure(args.parts[0], args.out, args.seconds)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        launch(part, args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from newllm import ops
 from newllm.distributed import layer
 from newllm.distributed.line import Line, line_of
-from newllm.distributed.sequence_parallel import parallelize, sequence_attention, slice_bounds, traffic
+from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds, traffic
 from newllm.testing import assert_no_worse
 from newllm.types import InfiniState
 from tests import sequence_ranks as ranks
@@ -115,7 +115,6 @@ def test_slices_are_as_even_as_whole_segments_allow() -> None:
         ),
         (lambda: slice_bounds(16, 0, segment=4, window=8), "ranks must be at least 1, got 0"),
         (lambda: line_of("sequence"), "mesh must be a DeviceMesh or a ProcessGroup, got str"),  # type: ignore[arg-type]
-        (lambda: parallelize(torch.nn.Linear(2, 2), ALONE), "model must be a model with InfiniAttention"),
     ],
     ids=str,
 )
@@ -184,10 +183,10 @@ def test_contract_holds_under_opcheck(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("how", ["ends", "hangs"])
 def test_a_lost_rank_stops_the_others_in_time(how: str, tmp_path: Path) -> None:
-    """Neighbours on both sides say which rank and what was to be exchanged, soon after 4 seconds at most."""
+    """Neighbours on both sides say which rank and what was to be exchanged, soon after 8 seconds at most."""
     said = ranks.spawned(ranks.lost, 3, tmp_path, how)
     for rank in (0, 2):
         message, seconds = said[rank]
         assert f"sequence parallelism stops: rank {rank} could not exchange" in message
         assert "with rank 1 of its line" in message
-        assert seconds < 10
+        assert seconds < 16

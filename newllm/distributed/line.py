@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import (
-    _resolve_process_group,  # type: ignore[attr-defined] # how traceable collectives find theirs
-)
+
+# How traceable collectives find their group by its name.
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 
 class Line(NamedTuple):
@@ -62,7 +62,7 @@ class Line(NamedTuple):
 
     def group(self) -> dist.ProcessGroup:
         """The process group itself."""
-        return _resolve_process_group(self.name)  # type: ignore[arg-type] # a NewType of str, private
+        return _resolve_process_group(self.name)  # type: ignore[arg-type] # a private NewType of str
 
     def _post(
         self, what: str, sent: Tensor | None, target: int, received: Tensor | None, source: int

@@ -292,5 +292,5 @@ def _pull(
             whole[index] = value
         return function(*whole)
 
-    _, pull = torch.func.vjp(of_given, *(primals[index] for index in given))
+    pull = torch.func.vjp(of_given, *(primals[index] for index in given))[1]
     return {names[index]: slope for index, slope in zip(given, pull(cotangent), strict=True)}
