@@ -3,7 +3,7 @@
 ``python benchmarks/scale_out.py --out DIR --processes 2`` writes ``DIR/scale_out.jsonl``, one row per
 measurement, by launching each of PARTS with torchrun under a time limit of its own: ``exact`` (bits and
 errors against one GPU), ``layer`` (forward and backward on one GPU and on all), ``step`` (a SmolLM2-135M
-shape: forward, loss, backward, AdamW), ``forward`` (millions of tokens, and the memory's error against float64),
+shape: forward, loss, backward, AdamW), ``forward`` (millions of tokens, the memory's error against float64),
 ``hop`` (a message to the neighbour), ``compiled`` (the step under torch.compile). A row on one GPU is timed
 on all at the same time, so that they share clocks and heat; the fastest counts. A row is on the disk as soon
 as it is measured; a part that fails or takes too long is named and the next begins. ``--parts`` chooses
