@@ -20,7 +20,8 @@ LAYERS = (
     {"ops"},
     {"modules"},
     {"models", "data", "runs", "testing"},
-    {"training", "evaluation", "distributed", "measuring"},
+    {"distributed"},
+    {"training", "evaluation", "measuring"},
     {"cli"},
     {"__main__"},
 )

@@ -182,7 +182,7 @@ def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     config = replace(options.train, lr=rate_for_size(profile.lr, parameters) if lr is None else lr)
     streams = make_streams(
         corpus, tokenizer, options.stream, options.task, config, rows=rows, segment=segment,
-        processes=processes, progress=rank == 0,
+        processes=max(1, processes // config.sequence_ranks), progress=rank == 0,
     )  # fmt: skip
     data = {**corpus.record(), **streams.facts}
     shape = {"type": model.config.model_type, "parameters": parameters}

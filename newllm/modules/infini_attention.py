@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -81,6 +82,8 @@ class InfiniAttention(nn.Module):
         self.window, self.segment = window, segment
         self.rule, self.eps = rule, eps
         self.detach, self.bptt_segments = detach, bptt_segments
+        # What attends over whole sequences and chunks; one sliced over many devices takes another.
+        self.attend: Callable[..., tuple[Tensor, InfiniState]] = ops.infini_attention
         self.layer_idx: int | None = None
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
@@ -200,7 +203,7 @@ class InfiniAttention(nn.Module):
             active = None if padding is None else padding[:, 0]
             out = ops.infini_decode(q, k, v, beta, state, active=active, **options)
         else:
-            out, state = ops.infini_attention(
+            out, state = self.attend(
                 q,
                 k,
                 v,

@@ -93,7 +93,7 @@ def infini_attention(
         before, (matrix, norm, _) = scan(
             segments, start, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
         )
-        recalled = _recall(q.to(compute), before, position, segment, feature, eps)
+        recalled = recall(q.to(compute), before, position, segment, feature, eps)
         return mix(out, recalled, beta, gate), matrix, norm
 
     return streamed(layer, q, k, v, ring=window or segment, rope=rope, state=state, padding_mask=padding_mask)
@@ -186,7 +186,7 @@ def _aligned_segments(
     return write_segments(k, v, complete[..., None].expand(batch, count, segment), feature)
 
 
-def _recall(
+def recall(
     q: Tensor,
     before: MemoryState,
     position: Tensor | None,

@@ -159,6 +159,7 @@ class TrainConfig:
         checkpointing: recompute activations in the backward pass.
         compile: torch.compile the model.
         fsdp: shard the model over the processes of a launch, on GPUs, instead of copying it.
+        sequence_ranks: processes of a launch that share each sequence, in slices; must divide their number.
         eval_steps: steps between looks at the validation text, 0 for none.
         eval_batches: batches of such a look at most.
         patience: looks without improvement after which the training ends (null: never).
@@ -187,6 +188,7 @@ class TrainConfig:
     checkpointing: bool = False
     compile: bool = False
     fsdp: bool = False
+    sequence_ranks: int = 1
     eval_steps: int = 0
     eval_batches: int = 32
     patience: int | None = None
@@ -203,7 +205,14 @@ class TrainConfig:
         Raises:
             ValueError: for values out of range.
         """
-        at_least = {"steps": 1, "accumulation": 1, "keep": 1, "log_steps": 1, "eval_batches": 1}
+        at_least = {
+            "steps": 1,
+            "sequence_ranks": 1,
+            "accumulation": 1,
+            "keep": 1,
+            "log_steps": 1,
+            "eval_batches": 1,
+        }
         at_least |= {"warmup_steps": 0, "memory_first": 0, "eval_steps": 0, "save_steps": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:

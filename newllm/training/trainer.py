@@ -23,6 +23,7 @@ from newllm.training.feed import AtStart, Batches, Feed, Place
 from newllm.training.groups import outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.schedules import staged_factor
+from newllm.training.slicing import Slicing
 
 
 class LanguageTrainer(Trainer):
@@ -80,6 +81,10 @@ class LanguageTrainer(Trainer):
                 *([Progress(self._throughput)] if progress else []),
             ],
         )
+        self._slicing = None
+        if config.sequence_ranks > 1:
+            ranks, device = config.sequence_ranks, self.args.device.type
+            self._slicing = Slicing(model, ranks, self.args.world_size, device, carry=carry)
         if config.checkpointing:
             # Renamed in transformers 5.23; the old name goes with version 6.
             new = hasattr(model, "activation_checkpointing_enable")
@@ -90,7 +95,16 @@ class LanguageTrainer(Trainer):
 
     def _place(self) -> Place:
         read = self.state.global_step * self.config.accumulation
-        return Place(read, self.args.process_index, self.args.world_size)
+        return Place(read, self._reader, self._readers)
+
+    @property
+    def _reader(self) -> int:
+        """The number of this process among those that read different batches."""
+        return self.args.process_index // self.config.sequence_ranks
+
+    @property
+    def _readers(self) -> int:
+        return self.args.world_size // self.config.sequence_ranks
 
     @property
     def interrupted(self) -> int | None:
@@ -100,7 +114,7 @@ class LanguageTrainer(Trainer):
     @property
     def micro_batches(self) -> int:
         """Batches of one optimiser step over all processes."""
-        return self.config.accumulation * self.args.world_size
+        return self.config.accumulation * self._readers
 
     def fit(self, *, resume: bool = False) -> list[str]:
         """Train, from the newest intact checkpoint if there is one and ``resume`` asks for it.
@@ -150,12 +164,16 @@ class LanguageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
         """Cross-entropy of the next token, as the batch weighs it."""
-        self._throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
-        chosen = (self._micro * self.args.world_size + self.args.process_index) % self.micro_batches
+        self._throughput.tokens += inputs["input_ids"].numel() * self._readers
+        chosen = (self._micro * self._readers + self._reader) % self.micro_batches
         self._micro += 1
+        inputs = self._own(inputs)
         outputs = model(**self._model_inputs(inputs, self._carried, chosen))
         loss = batch_loss(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _own(self, inputs: Batch) -> Batch:
+        return inputs if self._slicing is None else self._slicing.own(inputs)
 
     @staticmethod
     def _model_inputs(inputs: Batch, carried: CarriedStates | None, chosen: int) -> dict[str, Any]:
@@ -241,8 +259,8 @@ class LanguageTrainer(Trainer):
         model.eval()
         carried = CarriedStates(model.config) if self._carried is not None else None
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for index in range(self.args.process_index, count, self.args.world_size):
-            inputs = self._prepare_inputs(batches.batch(index))
+        for index in range(self._reader, count, self._readers):
+            inputs = self._own(self._prepare_inputs(batches.batch(index)))
             with self.compute_loss_context_manager():
                 logits = model(**self._model_inputs(inputs, carried, index % self.micro_batches)).logits
             sums += counts(logits, inputs)

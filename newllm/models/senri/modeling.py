@@ -113,6 +113,8 @@ class SenriModel(SenriPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = rotary_from_config(config)
         self.gradient_checkpointing = False
+        # Whether this process holds a slice of each sequence, behind another's.
+        self.sliced = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -149,7 +151,7 @@ class SenriModel(SenriPreTrainedModel):
             padding = attention_mask["padding"]
         else:
             padding = padding_mask(attention_mask, tokens)
-        chunk = self.config.prefill_chunk
+        chunk = tokens if self.sliced else self.config.prefill_chunk
         if segment_weight is not None and tokens > chunk:
             raise ValueError(f"segment_weight needs at most prefill_chunk ({chunk}) tokens, got {tokens}")
         outputs = []
@@ -175,7 +177,8 @@ class SenriModel(SenriPreTrainedModel):
         """All layers over one chunk."""
         tokens, continued = hidden_states.shape[1], states[0] is not None
         ring = self.config.sliding_window or self.config.segment
-        rope = self.rotary(rope_rows(tokens, ring, continued), hidden_states)
+        rows = tokens + ring if self.sliced else rope_rows(tokens, ring, continued)
+        rope = self.rotary(rows, hidden_states)
         in_place = continued and tokens == 1 and not torch.is_grad_enabled()
         after: list[InfiniState | None] = []
         for layer, state in zip(self.layers, states, strict=True):

@@ -1,0 +1,137 @@
+"""A line of ranks, each of which talks to its neighbours only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+# How traceable collectives find their group by its name.
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+
+class Line(NamedTuple):
+    """The ranks of a process group from left to right; ``name`` is the group's, ``rank`` this process's."""
+
+    name: str
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing is to the left."""
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing is to the right."""
+        return self.rank == self.size - 1
+
+    def shift(self, message: Tensor | None, like: Tensor, what: str, *, back: bool = False) -> Messages:
+        """Send ``message`` to the right (``back``: left) and receive one ``like`` it from the other side.
+
+        Returns at once. Every rank takes part; at the ends what has no partner is left out.
+        """
+        before, behind = (self.rank + 1, self.rank - 1) if back else (self.rank - 1, self.rank + 1)
+        sent = message if message is not None and 0 <= behind < self.size else None
+        received = torch.empty_like(like) if 0 <= before < self.size else None
+        return self._post(what, sent, behind, received, before)
+
+    def carry(
+        self, like: Tensor, step: Callable[[Tensor | None], Tensor], what: str, *, back: bool = False
+    ) -> Messages:
+        """Hand something on from rank to rank: ``step`` makes what is sent from what came (None: the start).
+
+        Returns when the step is done; what is sent may still be on its way.
+        """
+        incoming = self.shift(None, like, what, back=back).wait()
+        message = step(incoming)
+        behind = self.rank - 1 if back else self.rank + 1
+        sent = message.contiguous() if 0 <= behind < self.size else None
+        return self._post(what, sent, behind, None, behind)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each of ``values`` over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group())
+        return values
+
+    def group(self) -> dist.ProcessGroup:
+        """The process group itself."""
+        return _resolve_process_group(self.name)  # type: ignore[arg-type] # a private NewType of str
+
+    def _post(
+        self, what: str, sent: Tensor | None, target: int, received: Tensor | None, source: int
+    ) -> Messages:
+        posted, peers = [], []
+        for operation, tensor, peer in ((dist.irecv, received, source), (dist.isend, sent, target)):
+            if tensor is not None:
+                posted.append(dist.P2POp(operation, tensor, group=self.group(), group_peer=peer))
+                peers.append(peer)
+        messages = Messages(what, self.rank, peers, received, sent)
+        if posted:
+            try:
+                messages.works.extend(dist.batch_isend_irecv(posted))
+            except RuntimeError as error:
+                raise messages.lost(error) from error
+        return messages
+
+
+class Messages:
+    """Messages to ``peers`` on their way, to be waited for once."""
+
+    def __init__(
+        self, what: str, rank: int, peers: list[int], received: Tensor | None, sent: Tensor | None
+    ) -> None:
+        self.what, self.rank, self.peers = what, rank, peers
+        # What is sent has to stay until it is.
+        self.received, self.sent = received, sent
+        self.works: list[dist.Work] = []
+
+    def wait(self) -> Tensor | None:
+        """What came, None at the line's end.
+
+        Raises RuntimeError where a neighbour does not answer within the process group's timeout.
+        """
+        for work in self.works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self.lost(error) from error
+        return self.received
+
+    def lost(self, error: RuntimeError) -> RuntimeError:
+        """What to say when a neighbour does not answer."""
+        names = " or ".join(str(peer) for peer in self.peers)
+        return RuntimeError(
+            f"sequence parallelism stops: rank {self.rank} could not exchange {self.what} with rank {names} "
+            f"of its line, which has ended, hangs or computes something else ({str(error).splitlines()[0]})"
+        )
+
+
+def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
+    """The line over which ``mesh``, a single dimension of a device mesh, or a process group slices sequences.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a mesh of several dimensions, or without this process.
+    """
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            names = mesh.mesh_dim_names or [f"of {size}" for size in mesh.shape]
+            raise ValueError(
+                f"mesh must have one dimension, such as mesh['sequence'], got {mesh.ndim}: {', '.join(names)}"
+            )
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh.mesh.tolist()}")
+        mesh = mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
+        raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    rank = dist.get_rank(mesh)
+    if rank < 0:
+        raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got a group without it")
+    return Line(mesh.group_name, rank, mesh.size())

@@ -1,0 +1,55 @@
+"""Senri models whose sequences are sliced over ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from newllm.distributed.line import Line, line_of
+from newllm.distributed.sequence_parallel import Mesh, sequence_attention
+from newllm.models.senri.modeling import SenriModel
+from newllm.modules.infini_attention import InfiniAttention
+from newllm.ops import checks
+from newllm.types import InfiniState
+
+
+def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """Let every layer of a Senri ``model`` take its sequences in slices over ``mesh``; returns the model.
+
+    Weights stay as they are, so that checkpoints do not depend on it. Each rank then feeds its own slice of
+    the tokens, in the order of ranks, without padding or cache; its logits are those of its slice. Losses and
+    their gradients are to be summed over the ranks.
+
+    Raises:
+        ValueError: for a model without Infini-attention.
+    """
+    line = mesh if isinstance(mesh, Line) else line_of(mesh)
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
+    for attention in layers:
+        attention.attend = partial(_attend, mesh=line)
+    for module in model.modules():
+        if isinstance(module, SenriModel):
+            module.sliced = True
+    return model
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    *,
+    padding_mask: Tensor | None = None,
+    detach: str = "none",
+    bptt_segments: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, InfiniState]:
+    """What a layer calls in place of ``newllm.ops.infini_attention``."""
+    only = "over several ranks"
+    checks.require(padding_mask is None, "padding_mask", "a mask with padding", f"None {only}")
+    checks.require(detach == "none", "detach", repr(detach), f"'none' {only}")
+    checks.require(bptt_segments is None, "bptt_segments", bptt_segments, f"None {only}")
+    return sequence_attention(q, k, v, beta, **options)
