@@ -20,7 +20,7 @@ LAYERS = (
     {"ops"},
     {"modules"},
     {"models", "data", "runs", "testing"},
-    {"training", "evaluation", "distributed", "measuring"},
+    {"training", "evaluation", "distributed", "measuring", "serving"},
     {"cli"},
     {"__main__"},
 )

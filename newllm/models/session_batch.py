@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 
-from newllm.models.sampling import Sampling, choose, controls, ends_of, generator
+from newllm.models.sampling import Controls, Sampling, choose, controls, ends_of, generator
 from newllm.models.streams import Compile, Fetched, Model, Snapshot, Streams
 
 
 class _Speaker(NamedTuple):
-    """How the session in a slot goes on."""
+    """Who speaks in a row, and how."""
 
+    ticket: int
     sampling: Sampling
     random: torch.Generator
 
@@ -21,8 +23,9 @@ class _Speaker(NamedTuple):
 class SessionBatch:
     """Up to ``slots`` sessions that generate side by side, a token each per step.
 
-    A session is admitted as a snapshot of one row (``Session.snapshot``) and leaves as one; what it says does
-    not depend on who else is there. Whatever the number of sessions, shapes and addresses stay the same.
+    A session is admitted as a snapshot of one row (``Session.snapshot``), known by a ticket, and leaves as a
+    snapshot; what it says does not depend on who else is there. Sessions stand in the first rows, so that a
+    step that is not compiled takes no longer than they need; one that is always has the same shape.
 
     Args:
         model: a Senri, Context LM or Context-KV model.
@@ -37,102 +40,107 @@ class SessionBatch:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self._streams = Streams(model, slots, compile=compile)
-        self._speakers: list[_Speaker | None] = [None] * slots
+        self._speakers: list[_Speaker] = []
+        self._tickets = itertools.count()
         self._ends = ends_of(model)
         self._speaking = torch.zeros(slots, dtype=torch.bool, device=model.device)
-        self._logits: torch.Tensor | None = None
-        self._controls = controls([Sampling()] * slots, self._streams.logits())
+        self._logits = self._streams.logits()
+        self._controls = controls([], self._logits)
 
     @property
-    def free(self) -> list[int]:
-        """Slots without a session."""
-        return [slot for slot, speaker in enumerate(self._speakers) if speaker is None]
+    def free(self) -> int:
+        """Sessions that can still be admitted."""
+        return self._streams.rows - len(self._speakers)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one session's states; zero before the first was admitted."""
         held = sum(state.nbytes() for state in self._streams.states if state is not None)
-        return held // len(self._speakers)
+        return held // self._streams.rows
 
     def admit(self, snapshot: Snapshot, sampling: Sampling | None = None, seed: int | None = None) -> int:
-        """Let the session of ``snapshot`` speak from the next step on; its slot.
+        """Let the session of ``snapshot`` speak from the next step on; its ticket.
 
         Nothing may be pending in it: feed it an empty text before. ``seed`` None takes another one each time.
 
         Raises ``ValueError`` where no slot is free, for a pending token, and where the snapshot does not fit.
         """
         if not self.free:
-            raise ValueError(f"at most {len(self._speakers)} sessions can speak at a time: evict one first")
+            raise ValueError(f"at most {self._streams.rows} sessions can speak at a time: evict one first")
         if int(snapshot.pending[0]) >= 0:
             raise ValueError(f"snapshot must have no pending token, got {int(snapshot.pending[0])}")
-        slot = self.free[0]
-        self._streams.put(slot, snapshot)
-        self._speakers[slot] = _Speaker(sampling or Sampling(), generator(seed, torch.device("cpu")))
-        self._speaking[slot] = True
-        self._settle(slot)
-        return slot
+        row, ticket = len(self._speakers), next(self._tickets)
+        self._streams.put(row, snapshot)
+        random = generator(seed, torch.device("cpu"))
+        self._speakers.append(_Speaker(ticket, sampling or Sampling(), random))
+        self._speaking[row] = True
+        self._logits[row] = self._streams.logits(self._streams.hidden[row])
+        self._choose_anew()
+        return ticket
 
-    def evict(self, slot: int) -> Snapshot:
-        """The session in ``slot`` as it is now; the slot is free.
+    def evict(self, ticket: int) -> Snapshot:
+        """The session as it is now; its slot is free.
 
-        Raises ``ValueError`` for a slot without a session.
+        Raises ``ValueError`` for a ticket of nobody.
         """
-        self._at(slot)
-        self._speakers[slot] = None
-        self._speaking[slot] = False
-        return self._streams.take(slot)
+        row, last = self._row(ticket), len(self._speakers) - 1
+        snapshot = self._streams.take(row)
+        if row != last:
+            # The last one takes its place.
+            self._streams.put(row, self._streams.take(last))
+            for rows in (self._logits, self._speaking):
+                rows[row] = rows[last]
+            self._speakers[row] = self._speakers[last]
+        self._speakers.pop()
+        self._speaking[last] = False
+        self._choose_anew()
+        return snapshot
 
-    def snapshot(self, slot: int) -> Snapshot:
-        """A copy of the session in ``slot``, which goes on. Raises ``ValueError`` as ``evict``."""
-        self._at(slot)
-        return self._streams.take(slot)
+    def snapshot(self, ticket: int) -> Snapshot:
+        """A copy of a session that goes on. Raises ``ValueError`` as ``evict``."""
+        return self._streams.take(self._row(ticket))
 
-    def step(self, last: Mapping[int, bool] | None = None) -> dict[int, int]:
-        """One token of each session that has not ended: slot -> token, the end-of-text token included.
+    def step(self, last: Collection[int] = ()) -> dict[int, int]:
+        """One token of each session that has not ended: ticket -> token, the end-of-text token included.
 
-        A session that said its end-of-text token, or whose slot is True in ``last``, says no more until it is
+        A session that said its end-of-text token, or whose ticket is in ``last``, says no more until it is
         admitted again: that token stays pending.
         """
-        last = last or {}
-        slots = [slot for slot, speaker in enumerate(self._speakers) if speaker is not None]
-        if not slots:
+        if not self._speakers:
             return {}
         streams = self._streams
-        logits = streams.logits() if self._logits is None else self._logits
-        speaking = self._speaking
-        tokens = torch.where(speaking, self._chosen(logits), -1)
+        rows = streams.rows if streams.whole_steps else len(self._speakers)
+        speaking, pending = self._speaking[:rows], streams.pending[:rows]
+        tokens = torch.where(speaking, self._chosen(rows), -1)
         said = Fetched(tokens)
-        streams.pending.copy_(torch.where(speaking, tokens, streams.pending))
-        silent = torch.tensor([last.get(slot, False) for slot in range(len(self._speakers))])
-        going = speaking & ~(tokens[:, None] == self._ends).any(1) & ~silent.to(speaking.device)
-        self._logits = streams.step(tokens.clamp(min=0), going)
-        streams.pending.masked_fill_(going, -1)
-        self._speaking = going
-        heard = said.get().tolist()
-        return {slot: heard[slot] for slot in slots if heard[slot] >= 0}
+        pending.copy_(torch.where(speaking, tokens, pending))
+        going = speaking & ~(tokens[:, None] == self._ends).any(1)
+        for row, speaker in enumerate(self._speakers):
+            if speaker.ticket in last:
+                going[row] = False
+        self._logits[:rows] = streams.step(tokens.clamp(min=0), going)
+        pending.masked_fill_(going, -1)
+        speaking.copy_(going)
+        heard = zip(self._speakers, said.get().tolist(), strict=False)
+        return {speaker.ticket: token for speaker, token in heard if token >= 0}
 
-    def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
-        if all(speaker is None or speaker.sampling == Sampling() for speaker in self._speakers):
+    def _chosen(self, rows: int) -> torch.Tensor:
+        logits = self._logits[:rows]
+        if all(speaker.sampling == Sampling() for speaker in self._speakers):
             return logits.argmax(-1)
-        uniform = torch.tensor(
-            [
-                0.0 if speaker is None else float(torch.rand(1, generator=speaker.random))
-                for speaker in self._speakers
-            ]
-        )
-        return choose(logits, self._streams.recent, self._controls, uniform.to(logits))
+        drawn = [float(torch.rand(1, generator=speaker.random)) for speaker in self._speakers]
+        # Without waiting for the step that the device is at.
+        uniform = torch.tensor(drawn + [0.0] * (rows - len(drawn))).to(logits, non_blocking=True)
+        chosen = Controls(*(control[:rows] for control in self._controls))
+        return choose(logits, self._streams.recent[:rows], chosen, uniform)
 
-    def _settle(self, slot: int) -> None:
-        """Take a newcomer's logits and sampling in."""
-        rows = [Sampling() if speaker is None else speaker.sampling for speaker in self._speakers]
-        fresh = self._streams.logits(self._streams.hidden[slot])
-        if self._logits is None:
-            self._logits = self._streams.logits()
-        self._logits[slot] = fresh
-        self._controls = controls(rows, fresh)
+    def _choose_anew(self) -> None:
+        """Take the sampling of those who speak now."""
+        ways = [speaker.sampling for speaker in self._speakers]
+        self._controls = controls(ways + [Sampling()] * self.free, self._logits)
 
-    def _at(self, slot: int) -> _Speaker:
-        speaker = self._speakers[slot] if 0 <= slot < len(self._speakers) else None
-        if speaker is None:
-            raise ValueError(f"slot must hold a session, got {slot}")
-        return speaker
+    def _row(self, ticket: int) -> int:
+        for row, speaker in enumerate(self._speakers):
+            if speaker.ticket == ticket:
+                return row
+        raise ValueError(f"ticket must be of a session that is here, got {ticket}")

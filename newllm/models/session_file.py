@@ -84,6 +84,13 @@ def read_snapshot(path: Path, model: Model) -> Snapshot:
     return Snapshot(states, tensors.get("hidden"), tensors["pending"], tensors["recent"])
 
 
+def tokens_in(path: Path) -> int:
+    """Tokens that the one-row session in ``path`` has read, without loading the rest."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return int(file.get_tensor("0.position")[0]) if "0.position" in names else 0
+
+
 def _state(kind: Any, tensors: dict[str, Tensor], layer: int) -> State | None:
     if f"{layer}.position" not in tensors:
         return None

@@ -162,11 +162,17 @@ class Streams:
         """Read one token ``[B]`` in the ``active [B]`` rows.
 
         Returns logits ``[B, vocabulary]``, valid until the next step. All rows must hold a state, see
-        ``read`` and ``put``.
+        ``read`` and ``put``. Fewer than all rows are the first ones, the others are left alone; where
+        ``whole_steps`` is set, there may not be fewer.
         """
         if self._step is None:
             self._step = self._made()
         return self._step(tokens, active)
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether a step takes all rows: what is compiled has one shape, and what grows is no view."""
+        return self.compile != "none" or isinstance(self.model, ContextKVForCausalLM)
 
     def _made(self) -> Step:
         step: Step = self._forward
@@ -178,14 +184,25 @@ class Streams:
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, active: Tensor) -> Tensor:
+        rows = len(tokens)
+        cache = self._cache if rows == self.rows else self._first(rows)
+        hidden, recent = self.hidden[:rows], self.recent[:rows]
         out = self.model.model(
-            tokens[:, None], attention_mask=active[:, None], past_key_values=self._cache, use_cache=True
+            tokens[:, None], attention_mask=active[:, None], past_key_values=cache, use_cache=True
         )
-        latest = torch.where(active[:, None], out.last_hidden_state[:, 0], self.hidden)
-        self.hidden.copy_(latest)
-        moved = torch.cat([self.recent[:, 1:], tokens[:, None]], 1)
-        self.recent.copy_(torch.where(active[:, None], moved, self.recent))
+        latest = torch.where(active[:, None], out.last_hidden_state[:, 0], hidden)
+        hidden.copy_(latest)
+        moved = torch.cat([recent[:, 1:], tokens[:, None]], 1)
+        recent.copy_(torch.where(active[:, None], moved, recent))
         return self.logits(latest)
+
+    def _first(self, rows: int) -> Cache:
+        """The states of the first ``rows`` rows: what is written to them is written to the whole."""
+        layers = [self._kind(static=True, announced=False) for _ in self._layers]
+        for layer, whole in zip(layers, self._layers, strict=True):
+            assert whole.state is not None
+            layer.state = whole.state.map(lambda tensor: tensor[:rows])
+        return Cache(layers=layers)
 
     def snapshot(self) -> Snapshot:
         """A copy of all rows."""
