@@ -52,7 +52,8 @@ class Event:
 class Job:
     """A request: what to read, how to answer, whom to tell (``tell`` is called from the engine's threads).
 
-    ``start`` is the session to go on from (None: an empty one), ``name`` where it is kept (None: nowhere).
+    ``start`` is the session to go on from (None: an empty one, which ``ids`` must not be), ``name`` where it
+    is kept (None: nowhere).
     """
 
     ids: torch.Tensor
@@ -254,11 +255,9 @@ class Engine:
 
     def _after_reading(self, job: Job, session: Session, *, complete: bool) -> None:
         snapshot, tokens = session.snapshot(), session.tokens[0]
-        if complete and job.max_tokens > 0 and tokens > 0 and not self._over(job):
+        if complete and job.max_tokens > 0 and not self._over(job):
             self._keep(job, snapshot)
             self._ready.append((job, snapshot))
-        elif complete and job.max_tokens > 0 and tokens == 0:
-            self._failed(job, "prompt must hold a token for a session that has not read anything, got none")
         else:
             event = Event("done", finish="length", read=len(job.ids), to_read=len(job.ids), tokens=tokens)
             self._end(job, snapshot, event)

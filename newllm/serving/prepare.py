@@ -36,6 +36,8 @@ def prepared(
     start = None if asked.session is None else engine.claim(asked.session)
     try:
         ids = _read(engine, asked, start)
+        if start is None and not len(ids):
+            raise Refused("prompt must hold a token where nothing was read before, got none", "prompt")
     except BaseException:
         engine.release(asked.session)
         raise
