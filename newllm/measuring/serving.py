@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 # SmolLM2-135M, and what a CPU decodes in a moment.
-SIZES = {"cuda": Sizes(30, 1536, 49152, 64), "cpu": Sizes(2, 64, 128, 4)}
+SIZES = {"cuda": Sizes(30, 1536, 49152, 128), "cpu": Sizes(2, 64, 128, 4)}
 # Most tokens of all rows together that one pass of a prefill reads.
 _PASS = 2**15
 # Tokens that a Llama's cache can hold in a moment.
@@ -160,19 +161,30 @@ def _decode_entries(shape: Shape, site: Site) -> Iterator[Entry]:
         yield _entry(shape, site, "decode", _own(site), variant, prepare, judge=judge)
 
 
+@functools.lru_cache(maxsize=2)
+def _session(shape: Shape, site: Site, compile: Compile) -> Session:
+    """One session for all lengths: what differs between them is what it remembers, not where."""
+    chunk = max(1, _PASS // shape.batch)
+    return Session(senri(shape, site), batch_size=shape.batch, chunk=chunk, compile=_compile(site, compile))
+
+
 def _read_session(shape: Shape, site: Site, compile: Compile = "none") -> Session:
     """A session that has read the shape's tokens."""
-    chunk = max(1, _PASS // shape.batch)
-    session = Session(
-        senri(shape, site), batch_size=shape.batch, chunk=chunk, compile=_compile(site, compile)
-    )
+    session = _session(shape._replace(name="", tokens=0), site, compile)
+    session.reset()
     session.feed(_tokens(shape, site, shape.tokens))
     return session
 
 
 def _session_steps(shape: Shape, site: Site, compile: Compile) -> Prepared:
+    """The steps after the shape's tokens; each call restores what was remembered then."""
     session, steps = _read_session(shape, site, compile), SIZES[site.device.type].steps
-    call = partial(session.generate, max_new_tokens=steps)
+    start = session.snapshot()
+
+    def call() -> None:
+        session.restore(start)
+        session.generate(max_new_tokens=steps)
+
     detail = lambda: f"state {session.state_bytes // shape.batch:,} bytes a session"  # noqa: E731
     return Prepared(call, {}, call=call, repeats=steps, detail=detail)
 

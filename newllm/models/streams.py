@@ -108,7 +108,7 @@ class Streams:
         layers = model.config.num_hidden_layers if kind is InfiniCacheLayer else 1
         static = not isinstance(model, ContextKVForCausalLM)
         self._kind = kind
-        self._cache = Cache(layers=[kind(static=static, announced=False) for _ in range(layers)])
+        self._cache = Cache(layers=[kind(static=static, counted=False) for _ in range(layers)])
         head: Any = model.lm_head
         self.hidden = torch.zeros(rows, head.in_features, dtype=model.dtype, device=model.device)
         self.pending = torch.full((rows,), -1, dtype=torch.int64, device=model.device)
@@ -177,7 +177,10 @@ class Streams:
     def _made(self) -> Step:
         step: Step = self._forward
         if self.compile == "full":
-            step = torch.compile(step, fullgraph=True, dynamic=False)
+            # One row times a matrix is a reduction, fused with the norm before it and the sum behind it, and
+            # fast once its tiles are tuned.
+            tuned = {"coordinate_descent_tuning": self.model.device.type == "cuda"}
+            step = torch.compile(step, fullgraph=True, dynamic=False, options=tuned)
         if self.compile != "none" and self.model.device.type == "cuda":
             step = _Graph(step, self.pending)
         return step
@@ -198,7 +201,7 @@ class Streams:
 
     def _first(self, rows: int) -> Cache:
         """The states of the first ``rows`` rows: what is written to them is written to the whole."""
-        layers = [self._kind(static=True, announced=False) for _ in self._layers]
+        layers = [self._kind(static=True, counted=False) for _ in self._layers]
         for layer, whole in zip(layers, self._layers, strict=True):
             assert whole.state is not None
             layer.state = whole.state.map(lambda tensor: tensor[:rows])

@@ -15,9 +15,10 @@ from newllm.types import ContextState, InfiniState
 class InfiniCacheLayer(CacheLayerMixin):
     """Holds an ``InfiniState`` of constant size and moves it with every batch operation.
 
-    ``static`` keeps the tensors' addresses, for compiled decoding and CUDA graphs; ``announced`` tells Dynamo
-    so, which only graphs of its own need. Under gradients any state is replaced rather than overwritten, so
-    that backward still finds what forward used.
+    ``static`` keeps the tensors' addresses, for compiled decoding and CUDA graphs. Under gradients any state
+    is replaced rather than overwritten, so that backward still finds what forward used. ``counted`` is what
+    transformers' own ``generate()`` asks for: tokens are counted, and Dynamo is told of the addresses; each
+    count is a kernel, which others do without.
     """
 
     is_croppable = False
@@ -25,9 +26,9 @@ class InfiniCacheLayer(CacheLayerMixin):
     is_sliding = "neither"  # type: ignore[assignment]
     supports_early_init = False
 
-    def __init__(self, static: bool = False, announced: bool = True) -> None:
+    def __init__(self, static: bool = False, counted: bool = True) -> None:
         super().__init__()
-        self.is_compileable, self._announced = static, announced
+        self.is_compileable, self._counted = static, counted
         self.state: InfiniState | None = None
         # Where a static layer that was reset will put its next state.
         self._home: InfiniState | None = None
@@ -55,13 +56,14 @@ class InfiniCacheLayer(CacheLayerMixin):
                 fits = self._home is not None and self._home.position.shape == state.position.shape
                 self.state, self._home = self._home if fits else self._allocated(state), None
             self._overwrite(state)
-        self.cumulative_length += tokens
+        if self._counted:
+            self.cumulative_length += tokens
         self.is_initialized = True
 
     def _allocated(self, state: InfiniState) -> InfiniState:
         made = state.map(torch.empty_like)
         self.cumulative_length = self.cumulative_length.to(state.position.device)  # type: ignore[union-attr]
-        if self._announced and not torch.compiler.is_compiling():
+        if self._counted and not torch.compiler.is_compiling():
             for tensor in (*made, self.cumulative_length):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
