@@ -48,11 +48,11 @@ def _kernels(call: Callable[[], Any], steps: int, rows: int) -> None:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=kinds) as record:
         call()
-    wanted = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    wanted = "CUDA" if gpu else "CPU"
     found = [
         (float(event.self_device_time_total if gpu else event.self_cpu_time_total), event.count, event.key)
         for event in record.key_averages()
-        if event.device_type == wanted
+        if event.device_type.name == wanted
     ]
     total, calls = sum(time for time, _, _ in found), sum(count for _, count, _ in found)
     print(f"  {calls / steps:.1f} kernels and {total / steps:.1f} us a step")
