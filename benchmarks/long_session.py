@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _decode(session: Session, snapshot: Snapshot, steps: int) -> float:
-    """Seconds of ``steps`` tokens after ``snapshot``; the first token, whose logits are there, is not timed."""
+    """Seconds of ``steps`` tokens after ``snapshot``, the first not counted: its logits are there."""
     session.restore(snapshot)
     stream = session.stream(max_new_tokens=steps + 1)
     next(stream)

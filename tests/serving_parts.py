@@ -22,6 +22,17 @@ from tests.tiny_models import tiny_senri
 
 NAME = "tiny"
 KEY = "a key"
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
+
+
+def user(text: str) -> list[Any]:
+    """One message."""
+    return [{"role": "user", "content": text}]
+
+
+def session(name: str) -> dict[str, Any]:
+    """What the client is told to send beyond OpenAI's interface."""
+    return {"extra_body": {"session": name}}
 
 
 class Served(NamedTuple):

@@ -297,7 +297,7 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
     assert "none.txt" in refused(senri, "--prompt-file", str(tmp_path / "none.txt"))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert refused(senri, "--prompt-file", str(tmp_path / "bytes")).startswith("prompt_file ")
-    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri model, got a llama model")
+    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri or context model, got a llama")
     assert refused(str(tmp_path), "--prompt", "x") == f"the folder {tmp_path} holds no model (no config.json)"
     assert refused(senri, "--prompt", "x", "--top-p", "2") == "top_p must be above 0 and at most 1, got 2.0"
     assert (

@@ -52,6 +52,7 @@ def run(options: Options) -> None:
     prompt = _prompt(options)
     from newllm.cli.loading import load_streaming, step_mode
     from newllm.cli.turns import feed_with_progress, show
+    from newllm.evaluation.process import resident_bytes
     from newllm.models.sampling import Sampling, generator
     from newllm.models.session import Session
     from newllm.models.turns import Turn, opening, text_ids
@@ -72,7 +73,7 @@ def run(options: Options) -> None:
     rate = written / (time.perf_counter() - started)
     print(
         f"{len(ids):,} tokens read, {written:,} written at {rate:.1f} tokens/s; "
-        f"state {session.state_bytes:,} bytes",
+        f"state {session.state_bytes:,} bytes, process {resident_bytes() / 1e6:,.0f} MB",
         file=sys.stderr,
     )
 

@@ -46,18 +46,12 @@ def load_streaming(model: str, *, dtype: Dtype = "auto", device: str = "auto") -
 
     Raises as :func:`load`, and ``ValueError`` for a model of another kind.
     """
-    from newllm.models.files import load_model, load_tokenizer, model_folder
-    from newllm.models.streams import Model
+    from newllm.models.files import load_streaming_model, load_tokenizer, model_folder
 
     quiet()
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype=dtype).to(checked_device(device)).eval()
-    if not isinstance(loaded, Model):
-        raise ValueError(
-            f"{model} must be a Senri or context model, got {type(loaded).__name__}: see newllm convert"
-        )
-    return loaded, tokenizer
+    return load_streaming_model(folder, dtype=dtype).to(checked_device(device)).eval(), tokenizer
 
 
 def step_mode(compile: CompileOption, model: Model) -> Compile:

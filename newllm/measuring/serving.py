@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from newllm import backend as backends
 from newllm.measuring import work
@@ -20,11 +19,14 @@ from newllm.measuring.entries import FUSED, REFERENCE, Entry, Prepared
 from newllm.measuring.ours import Site
 from newllm.measuring.shapes import SERVES, Shape
 from newllm.measuring.work import Work
-from newllm.models.senri import SenriConfig, SenriForCausalLM
-from newllm.models.session import Session
-from newllm.models.streams import Compile, Streams
-from newllm.modules.gate import MemoryFeature, MemoryGate
 from newllm.testing import assert_no_worse
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, StaticCache
+
+    from newllm.models.senri import SenriForCausalLM
+    from newllm.models.session import Session
+    from newllm.models.streams import Compile
 
 
 class Sizes(NamedTuple):
@@ -65,6 +67,9 @@ def llama_entries(shape: Shape, site: Site) -> Iterator[Entry]:
 
 def senri(shape: Shape, site: Site, layers: int | None = None) -> SenriForCausalLM:
     """A random model of ``shape``, its gates open, its memories in float32 as loading leaves them."""
+    from newllm.models.senri import SenriConfig, SenriForCausalLM
+    from newllm.modules.gate import MemoryFeature, MemoryGate
+
     memory = None if layers is None else list(range(layers))
     sizes = {**_sizes(shape, site), **({} if layers is None else {"num_hidden_layers": layers})}
     config = SenriConfig(**sizes, sliding_window=shape.window, segment=shape.segment, memory_layers=memory)
@@ -79,6 +84,8 @@ def senri(shape: Shape, site: Site, layers: int | None = None) -> SenriForCausal
 
 def llama(shape: Shape, site: Site) -> LlamaForCausalLM:
     """A random Llama of the same sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return _random(LlamaForCausalLM, LlamaConfig(**_sizes(shape, site)), site)
 
 
@@ -164,6 +171,8 @@ def _decode_entries(shape: Shape, site: Site) -> Iterator[Entry]:
 @functools.lru_cache(maxsize=2)
 def _session(shape: Shape, site: Site, compile: Compile) -> Session:
     """One session for all lengths: what differs between them is what it remembers, not where."""
+    from newllm.models.session import Session
+
     chunk = max(1, _PASS // shape.batch)
     return Session(senri(shape, site), batch_size=shape.batch, chunk=chunk, compile=_compile(site, compile))
 
@@ -191,6 +200,7 @@ def _session_steps(shape: Shape, site: Site, compile: Compile) -> Prepared:
 
 def _prefill_entries(shape: Shape, site: Site) -> Iterator[Entry]:
     """A session from nothing to the shape's tokens."""
+    from newllm.models.session import Session
 
     def prepare() -> Prepared:
         session, ids = Session(senri(shape, site), chunk=_PASS), _tokens(shape, site, shape.tokens)
@@ -248,6 +258,8 @@ def _judge(shape: Shape, site: Site, compile: Compile) -> None:
 
 def _teacher_forced(model: SenriForCausalLM, ids: Tensor, compile: Compile) -> Tensor:
     """Logits ``[B, 5, vocabulary]`` of the last five of ``ids``, read step by step."""
+    from newllm.models.streams import Streams
+
     streams = Streams(model, len(ids), compile=compile)
     streams.read(ids[:, :-5], torch.ones_like(ids[:, :-5], dtype=torch.bool))
     active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -297,6 +309,8 @@ def _generation(shape: Shape, site: Site, make: Callable[[Shape, Site], Any]) ->
 
 
 def _cache(model: Any, shape: Shape, steps: int) -> StaticCache:
+    from transformers import StaticCache
+
     return StaticCache(config=model.config, max_cache_len=shape.tokens + steps + _PROMPT)
 
 
