@@ -245,4 +245,9 @@ class Session:
             part = slice(start, start + self.chunk)
             tokens, mask = ids[:, part].to(device), real[:, part].to(device)
             before = streams.hidden.clone() if streams.started else None
-            yield tokens, streams.read(tokens, mask), before
+            if ids.shape[1] == 1 and before is not None:
+                # As a step, for which there may be a graph: what was said last is read so before each turn.
+                streams.step(tokens[:, 0], mask[:, 0])
+                yield tokens, streams.hidden[:, None], before
+            else:
+                yield tokens, streams.read(tokens, mask), before
