@@ -19,7 +19,8 @@ from openai import OpenAI
 
 from newllm import Session
 from newllm.evaluation.process import resident_bytes
-from newllm.serving.engine import Busy, Engine, InUse
+from newllm.serving.engine import Engine
+from newllm.serving.jobs import Busy, InUse
 from newllm.serving.store import SessionStore
 from tests.serving_parts import GREEDY, NAME, Served, serving, session, talker, user
 

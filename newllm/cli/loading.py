@@ -38,7 +38,9 @@ def load_stream(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> S
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, dtype=dtype).to(checked_device(device)).eval()
-    return (Session if isinstance(loaded, Model) else HistorySession)(loaded, tokenizer)
+    if isinstance(loaded, Model):
+        return Session(loaded, tokenizer, compile=step_mode("auto", loaded))
+    return HistorySession(loaded, tokenizer)
 
 
 def load_streaming(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[Model, Any]:

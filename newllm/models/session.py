@@ -12,16 +12,16 @@ from torch import Tensor
 
 from newllm.models.sampling import Sampling, ends_of, next_token
 from newllm.models.session_input import Input, pieces, token_rows
-from newllm.models.streams import Compile, Fetched, Model, Snapshot, Streams
+from newllm.models.stepping import Fetched
+from newllm.models.streams import Compile, Model, Snapshot, Streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Logits of a large vocabulary are made for so many tokens at a time.
 _SCORED_AT_ONCE = 256
-# Most tokens of one pass where nothing else is said: what fills the device.
-_CHUNK = {"cpu": 1024}
-_CHUNK_ELSEWHERE = 16384
+# Most tokens of one pass where nothing else is said: of each row on a CPU, of all together elsewhere.
+_CHUNK, _CHUNK_ELSEWHERE = 1024, 16384
 
 
 class Session:
@@ -35,7 +35,7 @@ class Session:
         model: a Senri, Context LM or Context-KV model.
         tokenizer: needed for text; ids go without.
         batch_size: streams side by side.
-        chunk: most tokens of one pass (None: 1,024 on a CPU, 16,384 elsewhere).
+        chunk: most tokens of one pass, per row (None: 1,024 on a CPU, elsewhere 16,384 shared by the rows).
         compile: how a step is run, see ``Streams``.
 
     Raises:
@@ -51,7 +51,9 @@ class Session:
         chunk: int | None = None,
         compile: Compile = "none",
     ) -> None:
-        chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE) if chunk is None else chunk
+        if chunk is None:
+            shared = model.device.type != "cpu"
+            chunk = max(1, _CHUNK_ELSEWHERE // max(1, batch_size)) if shared else _CHUNK
         for name, value in (("batch_size", batch_size), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

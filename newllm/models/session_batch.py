@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from newllm.models.sampling import Controls, Sampling, choose, controls, ends_of, generator
-from newllm.models.streams import Compile, Fetched, Model, Snapshot, Streams
+from newllm.models.stepping import Fetched
+from newllm.models.streams import Compile, Model, Snapshot, Streams
 
 
 class _Speaker(NamedTuple):

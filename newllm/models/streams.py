@@ -13,12 +13,12 @@ from newllm.models.context_kv.modeling import ContextKVForCausalLM
 from newllm.models.context_lm.modeling import ContextLMForCausalLM
 from newllm.models.sampling import RECENT_TOKENS
 from newllm.models.senri.modeling import SenriForCausalLM
+from newllm.models.stepping import Step, StepGraph
 from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
 from newllm.types import ContextState, InfiniState
 
 Model = SenriForCausalLM | ContextLMForCausalLM | ContextKVForCausalLM
 State = InfiniState | ContextState
-Step = Callable[[Tensor, Tensor], Tensor]
 Compile = Literal["none", "graph", "full"]
 
 
@@ -59,27 +59,6 @@ def _check_model(model: object) -> None:
         raise TypeError(
             f"model must be a SenriForCausalLM (see newllm.convert) or a context model, got {kind}"
         )
-
-
-class Fetched:
-    """A tensor on its way to the CPU, while the device goes on with what it is asked next."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.to("cpu", non_blocking=True)
-        self._sent = None
-        if tensor.device.type == "cuda":
-            self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(tensor.device))
-
-    def get(self) -> Tensor:
-        """The tensor, once it has arrived."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        return self._tensor
-
-    def may(self, holds: Callable[[Tensor], bool]) -> bool:
-        """Whether the tensor may satisfy ``holds``, without waiting for it."""
-        return self._sent is not None or holds(self._tensor)
 
 
 class Streams:
@@ -182,7 +161,7 @@ class Streams:
             tuned = {"coordinate_descent_tuning": self.model.device.type == "cuda"}
             step = torch.compile(step, fullgraph=True, dynamic=False, options=tuned)
         if self.compile != "none" and self.model.device.type == "cuda":
-            step = _Graph(step, self.pending)
+            step = StepGraph(step, self.pending)
         return step
 
     @torch.no_grad()
@@ -271,29 +250,6 @@ class Streams:
                 found = state.context if isinstance(state, ContextState) else state.keys
                 if found.shape != shape:
                     raise ValueError(f"snapshot must hold {name} of shape {shape}, got {tuple(found.shape)}")
-
-
-class _Graph:
-    """A step replayed from a CUDA graph, on tokens and a mask at addresses of its own."""
-
-    def __init__(self, step: Step, like: Tensor) -> None:
-        self._tokens, self._active = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
-        # No row is active while kernels are compiled and the graph is recorded: the states stay as they are.
-        stream = torch.cuda.Stream(like.device)
-        stream.wait_stream(torch.cuda.current_stream(like.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step(self._tokens, self._active)
-        torch.cuda.current_stream(like.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = step(self._tokens, self._active)
-
-    def __call__(self, tokens: Tensor, active: Tensor) -> Tensor:
-        self._tokens.copy_(tokens)
-        self._active.copy_(active)
-        self._graph.replay()
-        return self._logits
 
 
 def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from newllm.serving.engine import Engine, Event, Job
+from newllm.serving.engine import Engine
+from newllm.serving.jobs import Event, Job
 from newllm.serving.protocol import failure, usage
 
 # Seconds after which it is looked whether a silent client is still there.

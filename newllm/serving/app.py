@@ -18,8 +18,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from newllm.models.sampling import Sampling
 from newllm.serving.answers import CHAT, COMPLETION, Answer, Failed, Style
-from newllm.serving.engine import Busy, Engine, InUse
+from newllm.serving.engine import Engine
 from newllm.serving.guard import Guard
+from newllm.serving.jobs import Busy, InUse
 from newllm.serving.metrics import Metrics
 from newllm.serving.prepare import prepared
 from newllm.serving.protocol import ChatRequest, CompletionRequest, Fork, failure

@@ -5,67 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from newllm.models.sampling import Sampling, ends_of
+from newllm.models.sampling import ends_of
 from newllm.models.session import Session
 from newllm.models.session_batch import SessionBatch
 from newllm.models.streams import Compile, Model, Snapshot
+from newllm.serving.jobs import Busy, Counts, Event, Finish, InUse, Job
 from newllm.serving.store import SessionStore
 from newllm.serving.text import TextStream
-
-Finish = Literal["stop", "length"]
-
-
-class Busy(RuntimeError):
-    """Too many requests wait already."""
-
-
-class InUse(RuntimeError):
-    """Another request is speaking with this session."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a request is told: text, progress of reading, its end or failure.
-
-    ``read`` of ``to_read`` prompt tokens are read; ``tokens`` is the length of the whole stream, ``written``
-    that of the reply.
-    """
-
-    kind: Literal["reading", "text", "done", "failed"]
-    text: str = ""
-    read: int = 0
-    to_read: int = 0
-    written: int = 0
-    tokens: int = 0
-    finish: Finish | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """A request: what to read, how to answer, whom to tell (``tell`` is called from the engine's threads).
-
-    ``start`` is the session to go on from (None: an empty one, which ``ids`` must not be), ``name`` where it
-    is kept (None: nowhere).
-    """
-
-    ids: torch.Tensor
-    tell: Callable[[Event], object]
-    max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    start: Snapshot | None = None
-    name: str | None = None
-    deadline: float = float("inf")
-    cancelled: bool = False
 
 
 @dataclass
@@ -81,18 +35,6 @@ class _Speaking:
     text: TextStream
     before: int
     written: int = 0
-
-
-@dataclass
-class Counts:
-    """What has happened since the start."""
-
-    tokens_read: int = 0
-    tokens_written: int = 0
-    steps: int = 0
-    speaking: int = 0
-    waiting: int = 0
-    state_bytes: int = 0
 
 
 class Engine:
@@ -309,8 +251,12 @@ class Engine:
 
     def _end_all(self) -> None:
         """Nobody waits for ever, whatever ended the thread."""
-        for ticket in list(self._speaking):
-            self._leave(ticket, "length")
+        for ticket, speaker in list(self._speaking.items()):
+            try:
+                self._leave(ticket, "length")
+            except RuntimeError as error:
+                # What ended the thread may be that the device does not answer any more.
+                self._failed(speaker.job, str(error))
         with self._work:
             self._stopping = True
             left = [*self._waiting, *(job for job, _ in self._ready)]

@@ -30,7 +30,7 @@ class Metrics:
         self.requests = Counter("newllm_requests", "Requests", ["path", "status"], registry=self._registry)
         self.seconds = Histogram(
             "newllm_request_seconds",
-            "Seconds from a request to the end of its answer",
+            "Seconds from a request to the end of its answer, of a streamed one to the beginning",
             ["path"],
             buckets=(0.01, 0.1, 0.5, 1, 5, 15, 60, 300),
             registry=self._registry,

@@ -9,7 +9,8 @@ import torch
 from newllm.models.sampling import Sampling
 from newllm.models.streams import Snapshot
 from newllm.models.turns import following, opening, stop_of, text_ids
-from newllm.serving.engine import Engine, Job
+from newllm.serving.engine import Engine
+from newllm.serving.jobs import Job
 from newllm.serving.protocol import ChatRequest, CompletionRequest, Refused
 
 
