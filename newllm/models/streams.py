@@ -158,7 +158,7 @@ class Streams:
         if self.compile == "full":
             # One row times a matrix is a reduction, fused with the norm before it and the sum behind it, and
             # fast once its tiles are tuned.
-            tuned = {"coordinate_descent_tuning": self.model.device.type == "cuda"}
+            tuned: Any = {"coordinate_descent_tuning": True} if self.model.device.type == "cuda" else None
             step = torch.compile(step, fullgraph=True, dynamic=False, options=tuned)
         if self.compile != "none" and self.model.device.type == "cuda":
             step = StepGraph(step, self.pending)
