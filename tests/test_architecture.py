@@ -21,7 +21,7 @@ LAYERS = (
     {"modules"},
     {"models", "data", "runs", "testing"},
     {"distributed"},
-    {"training", "evaluation", "measuring"},
+    {"training", "evaluation", "measuring", "serving"},
     {"cli"},
     {"__main__"},
 )

@@ -13,9 +13,9 @@ import torch
 
 from newllm import Session, __version__, cli
 from newllm.cli import HELP, main
-from newllm.cli.turns import first_turn, next_turn
 from newllm.data.tokenizer import byte_tokenizer
 from newllm.models.files import load_senri, load_tokenizer, save_model
+from newllm.models.turns import Turn, following, opening
 from tests.tiny_models import tiny_base, tiny_senri
 
 Captured = pytest.CaptureFixture[str]
@@ -297,7 +297,7 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
     assert "none.txt" in refused(senri, "--prompt-file", str(tmp_path / "none.txt"))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert refused(senri, "--prompt-file", str(tmp_path / "bytes")).startswith("prompt_file ")
-    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri model, got a llama model")
+    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri or context model, got a llama")
     assert refused(str(tmp_path), "--prompt", "x") == f"the folder {tmp_path} holds no model (no config.json)"
     assert refused(senri, "--prompt", "x", "--top-p", "2") == "top_p must be above 0 and at most 1, got 2.0"
     assert (
@@ -372,12 +372,12 @@ def test_turns_of_a_template_are_fed_one_by_one() -> None:
         tokenize=False,
         add_generation_prompt=True,
     )
-    first = made.decode(first_turn(made, "Hi"))
-    assert first + "Yes." + next_turn(made, "And?", closed=False) == whole
-    assert first + "Yes.</s>" + next_turn(made, "And?", closed=True) == whole
+    first = made.decode(opening(made, [Turn("user", "Hi")]))
+    assert first + "Yes." + following(made, [Turn("user", "And?")], closed=False) == whole
+    assert first + "Yes.</s>" + following(made, [Turn("user", "And?")], closed=True) == whole
 
 
 def test_turns_without_a_template_are_marked_by_names() -> None:
     made = tokenizer()
-    assert made.decode(first_turn(made, "Hi")) == "Human: Hi\n\nAssistant:"
-    assert next_turn(made, "And?", closed=False) == "\n\nHuman: And?\n\nAssistant:"
+    assert made.decode(opening(made, [Turn("user", "Hi")])) == "Human: Hi\n\nAssistant:"
+    assert following(made, [Turn("user", "And?")], closed=False) == "\n\nHuman: And?\n\nAssistant:"

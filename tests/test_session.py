@@ -261,7 +261,8 @@ def test_generation_needs_something_to_go_on_from() -> None:
 
 def test_other_models_and_sizes_are_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"model must be a SenriForCausalLM \(see newllm.convert\), got Llama"
+        TypeError,
+        match=r"model must be a SenriForCausalLM \(see newllm.convert\) or a context model, got Llama",
     ):
         Session(tiny_base("llama"))  # type: ignore[arg-type]
     for name in ("batch_size", "chunk"):

@@ -30,6 +30,7 @@ HELP = {
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
     "chat": "talk with a model",
+    "serve": "answer many at once over HTTP, as OpenAI's clients ask",
     "data": "texts and models that can be fetched",
     "bench": "times of the operators beside what could be used instead",
     "doctor": "versions, devices, and which implementation each operator takes",

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from newllm.cli.loading import Dtype
+from newllm.cli.loading import CompileOption, Dtype
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Options:
     A model with a chat template answers the prompt as a message; others, and all with --raw, continue it.
 
     Args:
-        model: Senri folder or hub id.
+        model: folder or hub id of a Senri or context model.
         prompt: text to read.
         prompt_file: file to read before the prompt.
         max_new_tokens: tokens to write at most.
@@ -27,6 +27,7 @@ class Options:
         repetition_penalty: makes the last 50 tokens less likely, 1 is none.
         seed: seed of the sampling.
         raw: no chat template.
+        compile: how a step is run; auto is a CUDA graph on a GPU and plain on a CPU, full compiles it.
         dtype: dtype of the weights.
         device: a device as PyTorch names it (auto: the first accelerator, else the CPU).
     """
@@ -41,6 +42,7 @@ class Options:
     repetition_penalty: float = 1.0
     seed: int = 0
     raw: bool = False
+    compile: CompileOption = "auto"
     dtype: Dtype = "auto"
     device: str = "auto"
 
@@ -48,15 +50,18 @@ class Options:
 def run(options: Options) -> None:
     """Print the text, then on stderr what was read and written and how large the state is."""
     prompt = _prompt(options)
-    from newllm.cli.loading import load
-    from newllm.cli.turns import feed_with_progress, prompt_ids, show
+    from newllm.cli.loading import load_streaming, step_mode
+    from newllm.cli.turns import feed_with_progress, show
+    from newllm.evaluation.process import resident_bytes
     from newllm.models.sampling import Sampling, generator
     from newllm.models.session import Session
+    from newllm.models.turns import Turn, opening, text_ids
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
-    session = Session(model, tokenizer)
-    ids = prompt_ids(tokenizer, prompt, raw=options.raw)
+    model, tokenizer = load_streaming(options.model, dtype=options.dtype, device=options.device)
+    session = Session(model, tokenizer, compile=step_mode(options.compile, model))
+    templated = not options.raw and tokenizer.chat_template is not None
+    ids = opening(tokenizer, [Turn("user", prompt)]) if templated else text_ids(tokenizer, prompt)
     feed_with_progress(session, ids)
     started = time.perf_counter()
     steps = session.stream(
@@ -68,7 +73,7 @@ def run(options: Options) -> None:
     rate = written / (time.perf_counter() - started)
     print(
         f"{len(ids):,} tokens read, {written:,} written at {rate:.1f} tokens/s; "
-        f"state {session.state_bytes:,} bytes",
+        f"state {session.state_bytes:,} bytes, process {resident_bytes() / 1e6:,.0f} MB",
         file=sys.stderr,
     )
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from newllm.models.senri import SenriForCausalLM
+    from newllm.models.streams import Model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_SECONDS = 5.0
@@ -86,18 +87,27 @@ def load_senri(path: str | Path, *, dtype: torch.dtype | str = "auto") -> SenriF
 
     Raises as ``load_model``, and ``ValueError`` for a model of another kind.
     """
+    model: SenriForCausalLM = _of_kind(path, ("senri",), "a Senri model", dtype)
+    return model
+
+
+def load_streaming_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Model:
+    """A model that a ``Session`` can read with: Senri, Context LM or Context-KV. Raises as ``load_senri``."""
+    kinds = ("senri", "context_lm", "context_kv")
+    model: Model = _of_kind(path, kinds, "a Senri or context model", dtype)
+    return model
+
+
+def _of_kind(path: str | Path, kinds: tuple[str, ...], wanted: str, dtype: torch.dtype | str) -> Any:
     from transformers import AutoConfig
 
     import newllm.models.senri  # noqa: F401 # registers its classes
 
     folder = model_folder(path)
     kind = _read(AutoConfig, folder).model_type
-    if kind != "senri":
-        raise ValueError(
-            f"{path} must be a Senri model, got a {kind} model: make one of it by newllm convert"
-        )
-    model: SenriForCausalLM = load_model(folder, dtype=dtype)
-    return model
+    if kind not in kinds:
+        raise ValueError(f"{path} must be {wanted}, got a {kind} model: make one of it by newllm convert")
+    return load_model(folder, dtype=dtype)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,27 +14,33 @@ from torch import Tensor
 
 from newllm.models.files import written_whole
 from newllm.models.senri.modeling import SenriForCausalLM
-from newllm.models.session import Snapshot
-from newllm.types import InfiniState
+from newllm.models.streams import Model, Snapshot, State
+from newllm.types import ContextState, InfiniState
 
-# Fields of the configuration that must agree between a session's writer and its reader.
-_SHAPING = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "segment",
-    "memory_layers",
-    "rule",
-    "feature",
-    "feature_order",
-    "vocab_size",
-)
+# Fields of the configuration that must agree between a session's writer and its reader, by kind of model.
+_SHAPING = {
+    "senri": (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "sliding_window",
+        "segment",
+        "memory_layers",
+        "rule",
+        "feature",
+        "feature_order",
+        "vocab_size",
+    ),
+    "context_lm": ("cell", "embed_dim", "context_dim", "num_hidden_layers", "input_tokens", "vocab_size"),
+    "context_kv": ("embed_dim", "context_dims", "chunk_size", "slot_kind", "max_contexts", "vocab_size"),
+}
+# The weights that states are made with, by parts of their names.
+_STATE_WEIGHTS = ("k_proj", "recurrent", "context_block", "attention.")
 
 
-def write_snapshot(snapshot: Snapshot, model: SenriForCausalLM, path: Path) -> None:
+def write_snapshot(snapshot: Snapshot, model: Model, path: Path) -> None:
     """Write ``snapshot`` to ``path``, whole or not at all."""
     tensors = {"pending": snapshot.pending, "recent": snapshot.recent}
     if snapshot.hidden is not None:
@@ -46,7 +53,7 @@ def write_snapshot(snapshot: Snapshot, model: SenriForCausalLM, path: Path) -> N
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def read_snapshot(path: Path, model: SenriForCausalLM) -> Snapshot:
+def read_snapshot(path: Path, model: Model) -> Snapshot:
     """The snapshot in ``path``, on the device of ``model``.
 
     Raises ``FileNotFoundError``, or ``ValueError`` for a damaged file or one of another model.
@@ -71,22 +78,44 @@ def read_snapshot(path: Path, model: SenriForCausalLM) -> Snapshot:
     lacking = [name for name in written["tensors"] if name not in tensors]
     if lacking:
         raise ValueError(f"the session file {path} is damaged: it lacks {lacking[0]}")
-    states = tuple(_state(tensors, layer) for layer in range(model.config.num_hidden_layers))
+    kind = InfiniState if isinstance(model, SenriForCausalLM) else ContextState
+    layers = model.config.num_hidden_layers if kind is InfiniState else 1
+    states = tuple(_state(kind, tensors, layer) for layer in range(layers))
     return Snapshot(states, tensors.get("hidden"), tensors["pending"], tensors["recent"])
 
 
-def _state(tensors: dict[str, Tensor], layer: int) -> InfiniState | None:
+def tokens_in(path: Path) -> int:
+    """Tokens that the one-row session in ``path`` has read, without loading the rest."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return int(file.get_tensor("0.position")[0]) if "0.position" in names else 0
+
+
+def _state(kind: Any, tensors: dict[str, Tensor], layer: int) -> State | None:
     if f"{layer}.position" not in tensors:
         return None
-    fields: dict[str, Any] = {name: tensors.get(f"{layer}.{name}") for name in InfiniState._fields}
-    return InfiniState(**fields)
+    state: State = kind(**{name: tensors.get(f"{layer}.{name}") for name in kind._fields})
+    return state
 
 
-def _identity(model: SenriForCausalLM) -> dict[str, Any]:
-    """What must agree: sizes, dtype, and the weights that make keys, by their hash."""
-    weights = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if "k_proj" in name:
-            weights.update(weight.detach().float().cpu().numpy().tobytes())
-    sizes = {name: getattr(model.config, name) for name in _SHAPING}
-    return {**sizes, "dtype": str(model.dtype), "weights": weights.hexdigest()[:16]}
+# What identifies a model until its weights change: hashing them takes longer than writing a state.
+_KNOWN: WeakKeyDictionary[Model, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What must agree: sizes, dtype, and the weights that make states, by their hash."""
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if any(part in name for part in _STATE_WEIGHTS) and "lm_head" not in name
+    }
+    unchanged = tuple((weight.data_ptr(), weight._version) for weight in weights.values())
+    known = _KNOWN.get(model)
+    if known is None or known[0] != unchanged:
+        hashed = hashlib.sha256()
+        for weight in weights.values():
+            hashed.update(weight.detach().float().cpu().numpy().tobytes())
+        sizes = {name: getattr(model.config, name) for name in _SHAPING[model.config.model_type]}
+        found = {**sizes, "dtype": str(model.dtype), "weights": hashed.hexdigest()[:16]}
+        known = _KNOWN[model] = (unchanged, found)
+    return known[1]

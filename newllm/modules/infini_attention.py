@@ -232,7 +232,9 @@ class InfiniAttention(nn.Module):
     ) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:
             return given
-        return self.rotary(rope_rows(tokens, self.window or self.segment, state is not None), like)
+        ring = self.window or self.segment
+        table = self.rotary.kept if tokens == 1 and state is not None else self.rotary
+        return table(rope_rows(tokens, ring, state is not None), like)
 
 
 def rope_rows(tokens: int, ring: int, continued: bool) -> int:

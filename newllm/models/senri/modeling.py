@@ -146,6 +146,9 @@ class SenriModel(SenriPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         caches = _layers(past_key_values, len(self.layers))
+        if caches:
+            # What compiled decoding will look for, where it can still be made.
+            self.rotary.kept(self._ring, hidden_states)
         states = [cache.read(len(hidden_states)) for cache in caches] or [None] * len(self.layers)
         if isinstance(attention_mask, dict):
             padding = attention_mask["padding"]
@@ -167,6 +170,11 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
+    @property
+    def _ring(self) -> int:
+        """Tokens that a window reaches, the new one among them."""
+        return self.config.sliding_window or self.config.segment  # type: ignore[no-any-return]
+
     def _read(
         self,
         hidden_states: Tensor,
@@ -176,10 +184,10 @@ class SenriModel(SenriPreTrainedModel):
     ) -> tuple[Tensor, list[InfiniState | None]]:
         """All layers over one chunk."""
         tokens, continued = hidden_states.shape[1], states[0] is not None
-        ring = self.config.sliding_window or self.config.segment
-        rows = tokens + ring if self.sliced else rope_rows(tokens, ring, continued)
-        rope = self.rotary(rows, hidden_states)
+        rows = tokens + self._ring if self.sliced else rope_rows(tokens, self._ring, continued)
         in_place = continued and tokens == 1 and not torch.is_grad_enabled()
+        table = self.rotary.kept if in_place else self.rotary
+        rope = table(rows, hidden_states)
         after: list[InfiniState | None] = []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state = layer(hidden_states, rope, padding, state, in_place, segment_weight)
