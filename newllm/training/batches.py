@@ -60,20 +60,33 @@ class NeedleBatches:
         diluted = dilution_weights(kept, factor=config.dilution, strength=ramp(progress), generator=generator)
         return {"input_ids": ids, "loss_weight": weight, "segment_weight": diluted}
 
+    def _behind(self, length: int, generator: torch.Generator) -> int:
+        """How much text follows the answers of a batch, so that questions stand anywhere in a segment."""
+        if not self.config.shift:
+            return 0
+        spare = length - len(self.task.question) - self.task.needle_length - self.task.key_length
+        return int(torch.randint(min(self.segment, spare + 1), (1,), generator=generator))
+
     def _needles(self, length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Samples with a key: ids and answer marks ``[B, T]``, and the segments that hold the key."""
         answer = self.task.key_length
+        behind = self._behind(length, generator)
+        end = length - behind
+        last = self.task.last_start(end - answer)
         made = training_batch(
             self.task,
-            length=length - answer,
+            length=end - answer,
             samples=rows,
             segment=self.segment,
             generator=generator,
             edge=self.config.edge,
-            # A sample of one segment has no border to cross.
-            straddle=self.config.straddle if length > self.segment else 0.0,
+            # A sample of about one segment has no border to cross.
+            straddle=self.config.straddle if last + self.task.needle_length > self.segment else 0.0,
         )
-        made = made._replace(input_ids=torch.cat([made.input_ids, made.answers[:, -1:]], 1))
+        parts = [made.input_ids, made.answers[:, -1:]]
+        if behind:
+            parts.append(random_blocks(self.task.filler, behind, rows, generator))
+        made = made._replace(input_ids=torch.cat(parts, 1))
         weight = torch.zeros(made.input_ids.shape)
-        weight[:, -answer:] = 1.0
+        weight[:, end - answer : end] = 1.0
         return made.input_ids, weight, made.needle_segments(self.segment)
