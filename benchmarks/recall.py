@@ -1,7 +1,7 @@
 """Recall from scratch: train a preset, then measure passkeys by length and depth, without the command line.
 
-``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a model
-lies there, and appends rows to ``benchmarks/results/recall.jsonl``; cells that are there are not measured again.
+``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a
+model lies there, and appends rows to ``benchmarks/results/recall.jsonl`` but for cells that it has already.
 A GPU machine needs nothing but torch, transformers and this checkout.
 """
 
@@ -74,7 +74,8 @@ def evaluate(out: Path, name: str, args: argparse.Namespace, seconds: float) -> 
     segment = model.config.segment
     assert segment is not None
     facts = {
-        "model": name, "weights": weights_digest(model), "memory": "on", "window": model.config.sliding_window,
+        "model": name, "weights": weights_digest(model), "memory": "on",
+        "window": model.config.sliding_window,
         "segment": segment, "parameters": model.num_parameters(), "seconds_trained": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "commit": commit(),
     }  # fmt: skip
@@ -112,21 +113,16 @@ def table(rows: list[Row]) -> str:
     depths = sorted({row["depth"] for row in rows})
     lines = [f"{'suite':16}{'memory':8}{'length':>10}" + "".join(f"{depth:>8}" for depth in depths)]
     for key in dict.fromkeys((row["suite"], row["memory"], row["length"]) for row in rows):
-        cells = {
-            row["depth"]: row["score"] for row in rows if (row["suite"], row["memory"], row["length"]) == key
-        }
-        lines.append(
-            f"{key[0]:16}{key[1]:8}{key[2]:>10}"
-            + "".join(f"{cells.get(depth, -1):>8.3f}" for depth in depths)
-        )
+        own = [row for row in rows if (row["suite"], row["memory"], row["length"]) == key]
+        cells = {row["depth"]: f"{row['score']:>8.3f}" for row in own}
+        scores = "".join(cells.get(depth, f"{'':>8}") for depth in depths)
+        lines.append(f"{key[0]:16}{key[1]:8}{key[2]:>10}{scores}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Parse, train, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="million")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the run (default: recall-PRESET-SEED)")
@@ -135,9 +131,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**15, 2**20, 2**17, 2**19])
     parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--samples", type=int, default=100, help="most of a cell")
-    parser.add_argument(
-        "--seconds", type=float, default=1e9, help="after which, training included, no new cell is begun"
-    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="in all, before no new cell is begun")
     parser.add_argument("--batch-tokens", type=int, default=262144)
     parser.add_argument("--set", nargs="*", default=[], help="changes of the preset, such as train.steps=10")
     args = parser.parse_args()

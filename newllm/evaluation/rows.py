@@ -16,7 +16,7 @@ IDENTITY = ("suite", "model", "weights", "memory", "length", "depth", "samples",
 
 
 class RowFile:
-    """The rows of ``path``, which need not exist; a last line that was cut off while written counts for none."""
+    """The rows of ``path``, which need not exist; a last line that was cut off counts for none."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

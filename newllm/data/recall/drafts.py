@@ -149,6 +149,6 @@ def _spot(breaks: Tensor, place: float) -> int:
     wanted = round(place * len(breaks))
     reach = 512
     low = max(0, wanted - reach)
-    near = [spot for spot in (breaks[low : wanted + reach].nonzero()[:, 0] + low + 1).tolist()]
+    near = (breaks[low : wanted + reach].nonzero()[:, 0] + low + 1).tolist()
     ends = [spot for spot in (0, len(breaks)) if abs(spot - wanted) < reach]
     return min([*near, *ends], key=lambda spot: (abs(spot - wanted), spot), default=wanted)

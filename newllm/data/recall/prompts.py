@@ -39,8 +39,8 @@ class Suite(NamedTuple):
     """A way to ask: ``prompts(length, depth, samples, seed)`` makes those of the given numbers.
 
     ``depth`` from 0 (first token) to 1 is where what is asked for stands, None anywhere. A prompt depends on
-    the suite, seed, length, depth and its number alone. ``solve(ids, random)`` answers from the ids ``[N]`` of
-    the end of a prompt as one who reads it would, and guesses where it does not say: the parts' token ids.
+    the suite, seed, length, depth and its number alone. ``solve(ids, random)`` answers from the ids ``[N]``
+    of the end of a prompt as one who reads it would, and guesses where it does not say: the parts' token ids.
     """
 
     name: str
