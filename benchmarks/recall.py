@@ -21,7 +21,7 @@ from newllm.backend import training_device
 from newllm.cli.presets import preset_path
 from newllm.cli.train import RecallOptions, run_senri
 from newllm.data.recall.passkeys import passkey_suite
-from newllm.evaluation.recall import Task, measure, usual_samples
+from newllm.evaluation.recall import Task, measure, model_answers, usual_samples
 from newllm.evaluation.rows import Row, RowFile, weights_digest
 from newllm.models.files import load_senri, load_tokenizer
 from newllm.runs import commit
@@ -92,12 +92,13 @@ def evaluate(out: Path, name: str, args: argparse.Namespace, seconds: float) -> 
             if time.monotonic() > stop:
                 print(f"out of time before {length} tokens, depth {depth}", flush=True)
                 return found
-            cell = Task([length], [depth], samples, args.seed, args.batch_tokens, forget)
+            cell = Task([length], [depth], samples, args.seed, args.batch_tokens)
             began = time.monotonic()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 found += measure(
-                    model, passkey_suite(task, across), cell, facts=facts, rows=rows, progress=False
-                )
+                    model_answers(model, forget=forget), passkey_suite(task, across), cell,
+                    facts={**facts, "memory": "zeroed" if forget else "on"}, rows=rows, progress=False,
+                )  # fmt: skip
             row = found[-1]
             low, high = row["ci95"]
             print(

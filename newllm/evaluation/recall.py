@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -20,18 +21,18 @@ _SAMPLES = ((2**17, 100), (2**20, 40), (2**24, 8))
 _FEWEST = 4
 
 
-class Task(NamedTuple):
-    """Which cells to measure, and how: ``samples`` of a length, ``batch_tokens`` of one pass.
+# Scores of prompts, of which so many tokens of a row may be read at once.
+Answerer = Callable[[Prompts, int], list[float]]
 
-    ``forget`` empties the memories just before the answer, as a control.
-    """
+
+class Task(NamedTuple):
+    """Which cells to measure: ``samples`` of a length, about ``batch_tokens`` of one pass."""
 
     lengths: Sequence[int]
     depths: Sequence[float | None]
     samples: Callable[[int], int]
     seed: int = 0
     batch_tokens: int = 32768
-    forget: bool = False
 
 
 def usual_samples(length: int) -> int:
@@ -40,7 +41,7 @@ def usual_samples(length: int) -> int:
 
 
 def measure(
-    model: PreTrainedModel,
+    answerer: Answerer,
     suite: Suite,
     task: Task,
     *,
@@ -49,27 +50,26 @@ def measure(
     progress: bool = True,
     on_row: Callable[[Row], object] = lambda row: None,
 ) -> list[Row]:
-    """The row of every cell of ``task``; those that ``rows`` has are taken from there, new ones appended.
+    """The row of every cell of ``task``, answered by ``answerer``.
 
-    ``facts`` are the fields that all rows share, among them ``model``, ``weights`` and ``commit``; ``memory``
-    is set to "zeroed" where the task forgets. A row's ``score`` is the mean share of an answer's parts that
-    came back whole, ``ci95`` its 95 % interval: Wilson's where each answer is right or wrong.
+    Cells that ``rows`` has are taken from there, new ones appended. ``facts`` are the fields that all rows
+    share, among them those of ``IDENTITY`` that are not the cell's own. A row's ``score`` is the mean share
+    of an answer's parts that came back whole, ``ci95`` its 95 % interval: Wilson's where each answer is right
+    or wrong.
 
     Raises:
         ValueError: for prompts that do not fit their length.
     """
     found = []
     shared = {**facts, "suite": suite.name, "seed": task.seed}
-    if task.forget:
-        shared["memory"] = "zeroed"
-    with evaluating(model), tqdm(unit="tok", unit_scale=True, disable=not progress) as bar:
+    with tqdm(unit="tok", unit_scale=True, disable=not progress) as bar:
         for length in task.lengths:
             for depth in task.depths:
                 cell = {**shared, "length": length, "depth": depth, "samples": task.samples(length)}
                 row = rows.find({key: cell.get(key) for key in IDENTITY})
                 if row is None:
                     bar.set_description(f"{suite.name} of {length} tokens, depth {depth}")
-                    row = {**cell, **_cell(model, suite, task, length, depth, bar)}
+                    row = {**cell, **_cell(answerer, suite, task, length, depth, bar)}
                     rows.append(row)
                 on_row(row)
                 found.append(row)
@@ -82,7 +82,7 @@ def side_by_side(length: int, samples: int, batch_tokens: int) -> int:
 
 
 def _cell(
-    model: PreTrainedModel, suite: Suite, task: Task, length: int, depth: float | None, bar: tqdm
+    answerer: Answerer, suite: Suite, task: Task, length: int, depth: float | None, bar: tqdm
 ) -> dict[str, Any]:
     samples = task.samples(length)
     together = side_by_side(length, samples, task.batch_tokens)
@@ -90,24 +90,46 @@ def _cell(
     for start in range(0, samples, together):
         numbers = range(start, min(start + together, samples))
         prompts = suite.prompts(length, depth, numbers, task.seed)
-        values += answer_scores(model, prompts, task.batch_tokens // len(numbers), task.forget, bar.update)
+        values += answerer(prompts, task.batch_tokens // len(numbers))
+        bar.update(prompts.input_ids.numel())
     return {"score": sum(values) / samples, "ci95": interval(values)}
 
 
-def answer_scores(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    chunk: int,
-    forget: bool = False,
-    on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> list[float]:
-    """The score of each prompt, ``chunk`` tokens of a row at a time."""
-    answers = prompts.answers.to(model.device)
-    logits = last_logits(
-        model, prompts.input_ids, keep=answers.shape[1], chunk=chunk, forget=forget, on_tokens=on_tokens
-    )
-    right = logits.argmax(-1) == answers
-    return [float(score) for score in scores(right, prompts.parts.to(model.device)).double().cpu()]
+def model_answers(model: PreTrainedModel, *, forget: bool = False) -> Answerer:
+    """Answers forced on ``model``, ``chunk`` tokens of a row at a time through its constant state.
+
+    ``forget`` empties the memories just before the answers, as a control.
+    """
+
+    def answer(prompts: Prompts, chunk: int) -> list[float]:
+        answers = prompts.answers.to(model.device)
+        with evaluating(model):
+            logits = last_logits(model, prompts.input_ids, keep=answers.shape[1], chunk=chunk, forget=forget)
+        right = logits.argmax(-1) == answers
+        return [float(score) for score in scores(right, prompts.parts.to(model.device)).double().cpu()]
+
+    return answer
+
+
+def reader_answers(suite: Suite, *, sees: int | None, seed: int = 0) -> Answerer:
+    """Answers of one who reads the last ``sees`` tokens of a prompt, never less than its question.
+
+    None reads all: the oracle. 0 is blind. W is a window, and full attention over W tokens. What is not seen
+    is guessed.
+    """
+    random = Random(seed)
+
+    def answer(prompts: Prompts, chunk: int) -> list[float]:
+        found = []
+        for row, question in enumerate(prompts.question.tolist()):
+            ids = prompts.input_ids[row, : prompts.length]
+            seen = suite.solve(ids if sees is None else ids[-max(sees, question) :], random)
+            parts = prompts.parts[row]
+            wanted = [tuple(prompts.answers[row, parts == n].tolist()) for n in range(int(parts.max()) + 1)]
+            found.append(sum(map(tuple.__eq__, seen, wanted)) / len(wanted))
+        return found
+
+    return answer
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

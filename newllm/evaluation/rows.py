@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from newllm.files import replace_file
+
 Row = dict[str, Any]
 IDENTITY = ("suite", "model", "weights", "memory", "length", "depth", "samples", "seed")
 """What makes two rows the same measurement."""
@@ -23,7 +25,7 @@ class RowFile:
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         self.rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
-        self._cut = len(whole) < len(text)
+        self._mended = whole if len(whole) < len(text) else None
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
         """The last row that agrees with ``identity`` in all that it names."""
@@ -35,9 +37,11 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Add ``row`` to the file at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._mended is not None:
+            whole, self._mended = self._mended, None
+            replace_file(self.path, lambda path: path.write_text(whole, encoding="utf-8"))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._cut else "") + json.dumps(row) + "\n")
-        self._cut = False
+            file.write(json.dumps(row) + "\n")
         self.rows.append(row)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from newllm.data.recall.prompts import GIVEN, Prompts, Suite, cell_seed, gathered
+from newllm.data.recall.prompts import GIVEN, Prompts, Suite, Written, cell_seed, gathered
 from newllm.data.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
             random = Random(cell_seed(name, seed, length, depth, number))
             planned = draft(depth, random)
             pieces, parts = answer_pieces(words, planned)
-            rows.append((compose(words, planned, length, random), pieces, parts))
+            question = len(words.encode(planned.question))
+            rows.append(Written(compose(words, planned, length, random), pieces, parts, question))
         return gathered(rows)
 
     def solved(ids: Tensor, random: Random) -> list[tuple[int, ...]]:

@@ -29,7 +29,8 @@ def passkey_suite(task: PasskeyTask, segment: int | None = None) -> Suite:
                 batch(task, length=length, samples=1, generator=generator, depth=torch.tensor([place]))
             )
         ids, answers = (torch.cat(rows) for rows in list(zip(*made, strict=True))[:2])
-        return Prompts(ids, answers, torch.zeros_like(answers))
+        question = torch.full((len(ids),), len(task.question))
+        return Prompts(ids, answers, torch.zeros_like(answers), question)
 
     return Suite(name, prompts, lambda ids, random: [_read(task, ids, random)])
 

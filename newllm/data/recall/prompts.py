@@ -22,12 +22,14 @@ class Prompts(NamedTuple):
 
     The inputs are the prompts and their answers but the last token, so that the last A logits predict
     ``answers``: the answer is forced, and right where each token is the likeliest given those before it.
-    ``parts`` says which part of the answer a token belongs to, ``GIVEN`` for none.
+    ``parts`` says which part of the answer a token belongs to, ``GIVEN`` for none; ``question [B]`` how many
+    tokens at the end of a prompt ask.
     """
 
     input_ids: Tensor
     answers: Tensor
     parts: Tensor
+    question: Tensor
 
     @property
     def length(self) -> int:
@@ -56,18 +58,28 @@ def scores(right: Tensor, parts: Tensor) -> Tensor:
     return whole.sum(1) / own.any(2).sum(1)
 
 
-def gathered(rows: Sequence[tuple[Tensor, Sequence[Sequence[int]], Sequence[int]]], pad: int = 0) -> Prompts:
-    """Prompts of one length from rows of (prompt ids ``[T]``, answer as pieces of ids, the pieces' parts)."""
-    longest = max(sum(map(len, pieces)) for _, pieces, _ in rows)
+class Written(NamedTuple):
+    """One prompt: ids ``[T]``, the answer as ``pieces`` of ids, their ``parts``, tokens of the question."""
+
+    prompt: Tensor
+    pieces: Sequence[Sequence[int]]
+    parts: Sequence[int]
+    question: int
+
+
+def gathered(rows: Sequence[Written], pad: int = 0) -> Prompts:
+    """Prompts of one length, ``pad`` behind the shorter answers."""
+    longest = max(sum(map(len, row.pieces)) for row in rows)
     ids, answers, parts = [], [], []
-    for prompt, pieces, numbers in rows:
+    for prompt, pieces, numbers, _ in rows:
         tokens = [token for piece in pieces for token in piece]
         owners = [number for piece, number in zip(pieces, numbers, strict=True) for _ in piece]
         missing = longest - len(tokens)
         answers.append(torch.tensor(tokens + [pad] * missing))
         parts.append(torch.tensor(owners + [GIVEN] * missing))
         ids.append(torch.cat([prompt, answers[-1][:-1]]))
-    return Prompts(torch.stack(ids), torch.stack(answers), torch.stack(parts))
+    question = torch.tensor([row.question for row in rows])
+    return Prompts(torch.stack(ids), torch.stack(answers), torch.stack(parts), question)
 
 
 def cell_seed(*identity: object) -> int:
