@@ -37,10 +37,14 @@ HELP = {
 
 
 class Command(NamedTuple):
-    """A command: the dataclass of its options, and what it does with them."""
+    """A command: the dataclass of its options, and what it does with them.
+
+    A sub-command with a ``flag`` needs no name: the flag calls it (``newllm eval MODEL --suite ...``).
+    """
 
     options: type[Any]
     run: Callable[[Any], int | None]
+    flag: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,6 +89,10 @@ def _dispatch_below(name: str, commands: dict[str, Command], words: list[str]) -
 
         print(_overview(name, {key: summary(command.options) for key, command in commands.items()}))
         return 0 if words else 2
+    given = {word.partition("=")[0] for word in words}
+    called = next((command for command in commands.values() if command.flag in given), None)
+    if called is not None and words[0] not in commands:
+        return _run(name, called, words)
     key = _known(f"command of {name!r}", words[0], commands)
     return _run(f"{name} {key}", commands[key], words[1:])
 

@@ -1,4 +1,4 @@
-"""``newllm eval perplexity`` and ``newllm eval passkey``: what a model's memory is worth."""
+"""``newllm eval``: what a model's memory is worth."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm.cli import Command
+from newllm.cli.eval_recall import SuiteOptions, run as run_suites
 from newllm.cli.loading import Dtype
 
 if TYPE_CHECKING:
@@ -272,6 +273,7 @@ def _memory_line(report: PerplexityReport) -> str:
 
 
 COMMANDS = {
+    "recall": Command(SuiteOptions, run_suites, flag="--suite"),
     "perplexity": Command(PerplexityOptions, run_perplexity),
     "passkey": Command(PasskeyOptions, run_passkey),
 }

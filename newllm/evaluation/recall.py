@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -111,18 +112,18 @@ def model_answers(model: PreTrainedModel, *, forget: bool = False) -> Answerer:
     return answer
 
 
-def reader_answers(suite: Suite, *, sees: int | None, seed: int = 0) -> Answerer:
+def reader_answers(suite: Suite, *, sees: int | None) -> Answerer:
     """Answers of one who reads the last ``sees`` tokens of a prompt, never less than its question.
 
     None reads all: the oracle. 0 is blind. W is a window, and full attention over W tokens. What is not seen
-    is guessed.
+    is guessed, by chance that the whole prompt decides.
     """
-    random = Random(seed)
 
     def answer(prompts: Prompts, chunk: int) -> list[float]:
         found = []
         for row, question in enumerate(prompts.question.tolist()):
             ids = prompts.input_ids[row, : prompts.length]
+            random = Random(crc32(ids.numpy().tobytes()))
             seen = suite.solve(ids if sees is None else ids[-max(sees, question) :], random)
             parts = prompts.parts[row]
             wanted = [tuple(prompts.answers[row, parts == n].tolist()) for n in range(int(parts.max()) + 1)]
