@@ -71,6 +71,8 @@ def evaluate(out: Path, name: str, args: argparse.Namespace, seconds: float) -> 
     model = load_senri(out / "last").to(device).eval()
     corpus = read_corpus("embedded", SourceConfig())
     task = passkey_task(load_tokenizer(out / "last"), corpus.validation.joined(), args.key_length)
+    # Prompts of millions of tokens are drawn where they are read.
+    task = task._replace(filler=task.filler.to(device))
     segment = model.config.segment
     assert segment is not None
     facts = {
@@ -133,12 +135,14 @@ def main() -> None:
     parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--samples", type=int, default=100, help="most of a cell")
     parser.add_argument("--seconds", type=float, default=1e9, help="in all, before no new cell is begun")
-    parser.add_argument("--batch-tokens", type=int, default=262144)
+    parser.add_argument("--batch-tokens", type=int, default=2**20)
     parser.add_argument("--set", nargs="*", default=[], help="changes of the preset, such as train.steps=10")
     args = parser.parse_args()
     args.began = time.monotonic()
     name = args.name or f"recall-{args.preset}-{args.seed}"
     out = args.out / name
+    # Drawing a batch takes 3 ms on one thread; many threads only wait for each other.
+    torch.set_num_threads(1)
     seconds = train(args.preset, out, [*args.set, f"train.seed={args.seed}"])
     values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     args.key_length = values["task"]["key_length"]

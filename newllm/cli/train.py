@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from newllm.cli import Command
 from newllm.cli.train_context import COMMANDS as CONTEXT
+from newllm.cli.train_symbols import COMMANDS as SYMBOLS
 from newllm.data.sources import Offline
 from newllm.training.config import (
     ConvertConfig,
@@ -265,4 +266,5 @@ COMMANDS = {
     "recall": Command(RecallOptions, run_senri),
     "hf": Command(HfOptions, run_hf),
     **CONTEXT,
+    **SYMBOLS,
 }

@@ -21,6 +21,10 @@ class ModelConfig:
         memory_layers: layers with a memory (null: the default, []: none).
         gate: tanh starts shut, so that the window learns first.
         rule: how the memory is written.
+        feature: elu1 with feature_scale and feature_bias at the start, or dpfp of feature_order.
+        feature_scale: how much the features contrast keys (1: the paper's).
+        feature_bias: how sparse they are (0: the paper's).
+        feature_order: of dpfp, whose features are 2 * order times as wide.
     """
 
     hidden_size: int = 96
@@ -33,6 +37,10 @@ class ModelConfig:
     memory_layers: list[int] | None = None
     gate: Literal["sigmoid", "tanh"] = "tanh"
     rule: Literal["linear", "delta", "gamma"] = "linear"
+    feature: Literal["elu1", "dpfp"] = "elu1"
+    feature_scale: float = 4.0
+    feature_bias: float = -4.0
+    feature_order: int = 1
 
 
 @dataclass(kw_only=True)
@@ -149,6 +157,7 @@ class TrainConfig:
         warmup_steps: steps in which the rate rises.
         schedule: how it falls to a tenth.
         memory_multiplier: factor of the rate of gates and feature parameters.
+        freeze_features: feature parameters stay as they begin.
         memory_layer_multiplier: factor of the rate of attention layers with a memory.
         memory_first: steps in which only the layers with a memory learn.
         memory_first_lr: peak rate of those steps (null: lr).
@@ -177,6 +186,7 @@ class TrainConfig:
     warmup_steps: int = 50
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     memory_multiplier: float = 10.0
+    freeze_features: bool = False
     memory_layer_multiplier: float = 1.0
     memory_first: int = 0
     memory_first_lr: float | None = None
