@@ -21,6 +21,7 @@ from newllm.backend import training_device
 from newllm.cli.presets import preset_path
 from newllm.cli.train import RecallOptions, run_senri
 from newllm.data.recall.passkeys import passkey_suite
+from newllm.evaluation.control import zero_memories
 from newllm.evaluation.recall import Task, measure, model_answers, usual_samples
 from newllm.evaluation.rows import Row, RowFile, weights_digest
 from newllm.models.files import load_senri, load_tokenizer
@@ -98,7 +99,8 @@ def evaluate(out: Path, name: str, args: argparse.Namespace, seconds: float) -> 
             began = time.monotonic()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 found += measure(
-                    model_answers(model, forget=forget), passkey_suite(task, across), cell,
+                    model_answers(model, before_answer=zero_memories if forget else None),
+                    passkey_suite(task, across), cell,
                     facts={**facts, "memory": "zeroed" if forget else "on"}, rows=rows, progress=False,
                 )  # fmt: skip
             row = found[-1]

@@ -77,3 +77,11 @@ def test_refusals_are_one_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_eval_memory_reports_every_head(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "memory", "tiny", "--max-tokens", "300", "--chunk", "100"]) == 0
+    report = json.loads((folder / "runs" / "memory.json").read_text())
+    assert (report["tokens"], len(report["heads"]), len(report["layers"])) == (300, 8, 2)
+    assert sum(report["gate_histogram"]) == 8
+    assert "share of output" in capsys.readouterr().out

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from newllm.evaluation.recall import Answerer
     from newllm.evaluation.rows import Row
 
-Control = Literal["zeroed", "window", "oracle", "blind"]
+Control = Literal["zeroed", "cleaned", "window", "oracle", "blind"]
 _UNITS = {"k": 2**10, "m": 2**20}
 
 
@@ -31,8 +31,9 @@ class SuiteOptions:
         lengths: tokens of prompts, such as 4k,16k or 4k:1m for every doubling.
         depths: where the first thing asked for stands, from 0 to 1 ([null]: anywhere).
         samples: prompts of a cell (null: 100 up to 128k, 40 up to 1m, 8 up to 16m, 4 beyond).
-        control: also measure the model with emptied memories (zeroed) or without any (window), and readers of
-            the whole prompt (oracle) or of its question alone (blind).
+        control: also measure the model with emptied memories (zeroed), with memories cleaned by a truncated
+            SVD (cleaned) or without any (window), and readers of the whole prompt (oracle) or of its question
+            alone (blind).
         text: whose validation documents things hide in: a name, a file or a folder.
         key_length: digits of a passkey.
         rows: the file of results.
@@ -122,23 +123,29 @@ def _answerers(
     options: SuiteOptions, model: Any
 ) -> Iterator[tuple[Callable[[Any], Answerer], dict[str, Any]]]:
     """The model and its controls, and the facts of their rows; the one without memories comes last."""
-    from newllm.evaluation.control import remove_memories
+    from newllm.evaluation.control import clean_memories, remove_memories, zero_memories
     from newllm.evaluation.recall import model_answers, reader_answers
     from newllm.evaluation.rows import weights_digest
     from newllm.runs import commit
 
     head = commit()
     facts = {"model": options.model, "weights": weights_digest(model), "commit": head}
-    yield lambda suite: model_answers(model), {**facts, "memory": "on"}
-    if "zeroed" in options.control:
-        yield lambda suite: model_answers(model, forget=True), {**facts, "memory": "zeroed"}
+    yield partial(_same, model_answers(model)), {**facts, "memory": "on"}
+    for name, change in (("zeroed", zero_memories), ("cleaned", clean_memories)):
+        if name in options.control:
+            yield partial(_same, model_answers(model, before_answer=change)), {**facts, "memory": name}
     for name, sees in (("oracle", None), ("blind", 0)):
         if name in options.control:
             reader = {"model": name, "weights": None, "commit": head, "memory": "reader"}
             yield partial(reader_answers, sees=sees), reader
     if "window" in options.control:
         remove_memories(model)
-        yield lambda suite: model_answers(model), {**facts, "memory": "window"}
+        yield partial(_same, model_answers(model)), {**facts, "memory": "window"}
+
+
+def _same(answerer: Answerer, suite: Any) -> Answerer:
+    """A model answers every suite alike."""
+    return answerer
 
 
 def _precision(autocast: bool, device: str) -> Any:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-
-from newllm.evaluation.control import zero_memories
+from transformers.cache_utils import Cache
 
 
 @torch.inference_mode()
@@ -19,21 +18,22 @@ def last_logits(
     *,
     keep: int,
     chunk: int,
-    forget: bool = False,
+    before_answer: Callable[[Cache], object] | None = None,
     on_tokens: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``.
 
     At most ``max(chunk, keep)`` tokens of a row are read at once, through the model's cache;
-    ``on_tokens`` hears of each piece. ``forget`` empties the memories before those last tokens are read:
-    what is then still known was in the windows.
+    ``on_tokens`` hears of each piece. ``before_answer`` may change the cache before those last tokens are
+    read.
     """
-    pieces = _pieces(ids.shape[1] - keep * forget, max(chunk, keep)) + [keep] * forget
+    answer = 0 if before_answer is None else keep
+    pieces = _pieces(ids.shape[1] - answer, max(chunk, keep)) + [answer] * (answer > 0)
     # Without a cache nothing need be kept of prompts that one pass reads.
     cache = DynamicCache(config=model.config) if len(pieces) > 1 else None
     for number, part in enumerate(ids.split(pieces, 1)):
-        if forget and number == len(pieces) - 1 and cache is not None:
-            zero_memories(cache)
+        if before_answer is not None and cache is not None and number == len(pieces) - 1:
+            before_answer(cache)
         out = model(
             part.to(model.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep
         )

@@ -9,6 +9,7 @@ from zlib import crc32
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from newllm.data.recall.prompts import Prompts, Suite, scores
 from newllm.evaluation.forced import evaluating, last_logits
@@ -96,16 +97,20 @@ def _cell(
     return {"score": sum(values) / samples, "ci95": interval(values)}
 
 
-def model_answers(model: PreTrainedModel, *, forget: bool = False) -> Answerer:
+def model_answers(
+    model: PreTrainedModel, *, before_answer: Callable[[Cache], object] | None = None
+) -> Answerer:
     """Answers forced on ``model``, ``chunk`` tokens of a row at a time through its constant state.
 
-    ``forget`` empties the memories just before the answers, as a control.
+    ``before_answer`` may change the stream's cache just before the answers are asked for, as controls do.
     """
 
     def answer(prompts: Prompts, chunk: int) -> list[float]:
         answers = prompts.answers.to(model.device)
         with evaluating(model):
-            logits = last_logits(model, prompts.input_ids, keep=answers.shape[1], chunk=chunk, forget=forget)
+            logits = last_logits(
+                model, prompts.input_ids, keep=answers.shape[1], chunk=chunk, before_answer=before_answer
+            )
         right = logits.argmax(-1) == answers
         return [float(score) for score in scores(right, prompts.parts.to(model.device)).double().cpu()]
 
