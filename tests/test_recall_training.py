@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from newllm.cli import main
-from newllm.data.passkey import byte_passkey
+from newllm.data.passkey import byte_passkey, training_batch
 from newllm.data.tokenizer import QUESTION_TOKEN
+from newllm.evaluation.intervals import wilson95
 from newllm.training.batches import NeedleBatches
 from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
 from newllm.training.groups import freeze_features
@@ -71,3 +74,26 @@ def test_row_82_quick_preset_recalls_64_windows_back(tmp_path: Path, monkeypatch
     assert len(scores["on"]) == len(scores["zeroed"]) == 8
     assert min(scores["on"]) >= 0.95
     assert max(scores["zeroed"]) <= 0.05
+
+
+def test_keys_come_near_their_question() -> None:
+    """Beside one another one time in eight, and within two segments."""
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {
+        "length": 400,
+        "samples": 2000,
+        "segment": 16,
+        "generator": generator,
+        "edge": 0.0,
+        "straddle": 0.0,
+    }
+    task = byte_passkey(PROSE)
+    distance = task.last_start(400) - training_batch(task, near=1.0, **options).key_start
+    assert (int(distance.min()), int(distance.max()) < 32) == (0, True)
+    share = float((distance == 0).double().mean())
+    low, high = wilson95(round(share * 2000), 2000)
+    assert low < math.log(2) / math.log(32) < high
+    few = training_batch(task, near=0.5, **options).key_start
+    assert 0.5 < float((task.last_start(400) - few < 32).double().mean()) < 0.65
+    with pytest.raises(ValueError, match="near 0.6 must be shares that sum to at most 1"):
+        training_batch(task, near=0.6, **{**options, "edge": 0.5})

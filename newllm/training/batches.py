@@ -81,6 +81,7 @@ class NeedleBatches:
             generator=generator,
             edge=self.config.edge,
             # A sample of about one segment has no border to cross.
+            near=self.config.near,
             straddle=self.config.straddle if last + self.task.needle_length > self.segment else 0.0,
         )
         parts = [made.input_ids, made.answers[:, -1:]]

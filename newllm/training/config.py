@@ -85,6 +85,7 @@ class TaskConfig:
         key_length: digits of a key.
         edge: share of keys at the very first token.
         straddle: share of keys across a segment border.
+        near: share of keys within two segments of the question, the nearer the likelier.
         shift: let up to a segment of text follow the answers, so that questions stand anywhere in theirs.
         text_weight: weight of the text's own loss beside that of the answers, 1.
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
@@ -97,6 +98,7 @@ class TaskConfig:
     key_length: int = 3
     edge: float = 0.2
     straddle: float = 0.3
+    near: float = 0.0
     shift: bool = False
     text_weight: float = 0.1
     dilution: float = 1024.0
