@@ -1,14 +1,15 @@
-"""Recall from scratch: train a preset, then measure passkeys by length and depth, without the command line.
+"""Recall from scratch without the command line: train a preset, then measure what it recalls.
 
 ``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a
 model lies there, and appends rows to ``benchmarks/results/recall.jsonl`` but for cells that it has already.
-A GPU machine needs nothing but torch, transformers and this checkout.
+``--ablate`` does so with each part of the recipe taken away in turn, ``--symbols NAME`` with a task over
+symbols (``newllm/configs/symbols-NAME.yaml``). A GPU machine needs nothing but torch, transformers and this
+checkout.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,7 +21,11 @@ import yaml
 from newllm.backend import training_device
 from newllm.cli.presets import preset_path
 from newllm.cli.train import RecallOptions, run_senri
+from newllm.cli.train_symbols import SymbolOptions, run as run_symbols
+from newllm.data.passkey import PasskeyTask
 from newllm.data.recall.passkeys import passkey_suite
+from newllm.data.recall.prompts import Suite
+from newllm.data.recall.suites import make_suite, suite_names
 from newllm.evaluation.control import zero_memories
 from newllm.evaluation.recall import Task, measure, model_answers, usual_samples
 from newllm.evaluation.rows import Row, RowFile, weights_digest
@@ -28,6 +33,28 @@ from newllm.models.files import load_senri, load_tokenizer
 from newllm.runs import commit
 from newllm.training.assemble import passkey_task, read_corpus
 from newllm.training.config import SourceConfig
+
+ABLATIONS: dict[str, list[str]] = {
+    "whole": [],
+    "paper-features": ["model.feature_scale=1.0", "model.feature_bias=0.0"],
+    "fixed-features": ["train.freeze_features=true"],
+    "gates-at-the-common-rate": ["train.memory_multiplier=1.0"],
+    "no-curriculum": ["task.lengths=[4096]"],
+    "no-dilution": ["task.dilution=1"],
+    "no-edge-keys": ["task.edge=0.0"],
+    "no-straddling-keys": ["task.straddle=0.0"],
+    "no-near-keys": ["task.near=0.0"],
+    "questions-in-one-place": ["task.shift=false"],
+    "sigmoid-gates": ["model.gate=sigmoid"],
+    "delta": ["model.rule=delta", "task.dilution=1"],
+    "gamma-dpfp": ["model.rule=gamma", "model.feature=dpfp", "task.dilution=1"],
+    "public-recipe": [
+        "train.lr=3.0e-4", "train.memory_multiplier=1.0", "model.gate=sigmoid", "model.feature_scale=1.0",
+        "model.feature_bias=0.0", "task.lengths=[4096]", "task.dilution=1", "task.edge=0.0",
+        "task.straddle=0.0", "task.near=0.0", "task.shift=false",
+    ],
+}  # fmt: skip
+"""The recipe without one of its parts; ``public-recipe`` has none."""
 
 
 def options_from(kind: Any, values: dict[str, Any]) -> Any:
@@ -43,74 +70,82 @@ def options_from(kind: Any, values: dict[str, Any]) -> Any:
     )
 
 
-def merged(one: dict[str, Any], dotted: list[str]) -> dict[str, Any]:
-    """``one`` with each ``group.key=value`` of ``dotted`` in place."""
+def preset(name: str, command: str, dotted: list[str]) -> dict[str, Any]:
+    """The preset's values with each ``group.key=value`` of ``dotted`` in place."""
+    values: dict[str, Any] = yaml.safe_load(preset_path(name, command).read_text(encoding="utf-8"))
     for word in dotted:
         key, _, text = word.partition("=")
         *groups, last = key.split(".")
-        place = one
+        place = values
         for group in groups:
             place = place.setdefault(group, {})
         place[last] = yaml.safe_load(text)
-    return one
+    return values
 
 
-def train(preset: str, out: Path, changes: list[str]) -> float:
+def train(name: str, args: argparse.Namespace, changes: list[str]) -> float:
     """Train unless it was done; seconds it took, all told."""
-    began = time.monotonic()
+    began, out = time.monotonic(), args.out / name
     if not (out / "last").is_dir():
-        values = yaml.safe_load(preset_path(preset, "train recall").read_text(encoding="utf-8"))
-        options = options_from(RecallOptions, {**merged(values, changes), "out": str(out), "overwrite": True})
-        run_senri(options)
-        torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+        values = preset(args.preset, "train recall", [*args.set, *changes, f"train.seed={args.seed}"])
+        run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
     return time.monotonic() - began
 
 
-def evaluate(out: Path, name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
-    """Passkeys at exact depths and across borders, with the memory and with it emptied."""
-    device = training_device()
-    model = load_senri(out / "last").to(device).eval()
-    corpus = read_corpus("embedded", SourceConfig())
-    task = passkey_task(load_tokenizer(out / "last"), corpus.validation.joined(), args.key_length)
+def suites(model: Any, folder: Path, args: argparse.Namespace) -> list[Suite]:
+    """The suites that were asked for, in the validation documents of the embedded text."""
+    text, tokenizer = read_corpus("embedded", SourceConfig()).validation.joined(), load_tokenizer(folder)
+    values = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
+    digits, segment = values["task"]["key_length"], model.config.segment
+    task: PasskeyTask = passkey_task(tokenizer, text, digits)
     # Prompts of millions of tokens are drawn where they are read.
-    task = task._replace(filler=task.filler.to(device))
-    segment = model.config.segment
-    assert segment is not None
+    task = task._replace(filler=task.filler.to(model.device))
+    own = {"passkey": None, "passkey_border": segment}
+    return [
+        passkey_suite(task, own[name]) if name in own else make_suite(name, tokenizer, text, segment=segment)
+        for name in suite_names(args.suites)
+    ]
+
+
+def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
+    """Every suite at every length, at first also with emptied memories."""
+    device = training_device()
+    folder = args.out / name / "last"
+    model = load_senri(folder).to(device).eval()
     facts = {
-        "model": name, "weights": weights_digest(model), "memory": "on",
-        "window": model.config.sliding_window,
-        "segment": segment, "parameters": model.num_parameters(), "seconds_trained": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "commit": commit(),
+        "model": name, "weights": weights_digest(model), "window": model.config.sliding_window,
+        "segment": model.config.segment, "parameters": model.num_parameters(), "commit": commit(),
+        "seconds_trained": round(seconds, 1), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
     rows, found = RowFile(args.rows), []
-    stop = args.began + args.seconds
-
-    def samples(length: int) -> int:
-        return min(args.samples, usual_samples(length))
-
-    plan = [(suite, length, False) for length in args.lengths for suite in (None, segment)]
-    plan[2:2] = [(None, args.lengths[0], True)]
-    for across, length, forget in plan:
+    made = suites(model, folder, args)
+    plan = [(suite, length, "on") for length in args.lengths for suite in made]
+    plan[len(made) : len(made)] = [(suite, args.lengths[0], "zeroed") for suite in made]
+    for suite, length, memory in plan:
+        answerer = model_answers(model, before_answer=zero_memories if memory == "zeroed" else None)
         for depth in args.depths:
-            if time.monotonic() > stop:
-                print(f"out of time before {length} tokens, depth {depth}", flush=True)
+            if time.monotonic() > args.began + args.seconds:
+                print(f"out of time before {suite.name} of {length} tokens, depth {depth}", flush=True)
                 return found
-            cell = Task([length], [depth], samples, args.seed, args.batch_tokens)
+            cell = Task(
+                [length], [depth], lambda n: min(args.samples, usual_samples(n)), args.seed, args.tokens
+            )
             began = time.monotonic()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 found += measure(
-                    model_answers(model, before_answer=zero_memories if forget else None),
-                    passkey_suite(task, across), cell,
-                    facts={**facts, "memory": "zeroed" if forget else "on"}, rows=rows, progress=False,
-                )  # fmt: skip
-            row = found[-1]
-            low, high = row["ci95"]
-            print(
-                f"{row['suite']:15} {row['memory']:6} {length:>9} depth {depth:<5} {row['score']:.3f} "
-                f"[{low:.3f}, {high:.3f}] of {row['samples']}, {time.monotonic() - began:.1f} s",
-                flush=True,
-            )
+                    answerer, suite, cell, facts={**facts, "memory": memory}, rows=rows, progress=False
+                )
+            print(_line(found[-1]), f"{time.monotonic() - began:.1f} s", flush=True)
     return found
+
+
+def _line(row: Row) -> str:
+    low, high = row["ci95"]
+    return (
+        f"{row['suite']:15} {row['memory']:6} {row['length']:>9} depth {row['depth']:<5} {row['score']:.3f} "
+        f"[{low:.3f}, {high:.3f}] of {row['samples']},"
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -125,33 +160,45 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse, train, measure, print."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="million")
+    parser.add_argument("--symbols", help="a task over symbols in place of --preset")
+    parser.add_argument("--ablate", nargs="*", help=f"all or some of {', '.join(ABLATIONS)}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", help="of the run (default: recall-PRESET-SEED)")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/recall.jsonl"))
+    parser.add_argument("--suites", default="passkey")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**15, 2**20, 2**17, 2**19])
     parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--samples", type=int, default=100, help="most of a cell")
     parser.add_argument("--seconds", type=float, default=1e9, help="in all, before no new cell is begun")
-    parser.add_argument("--batch-tokens", type=int, default=2**20)
+    parser.add_argument("--tokens", type=int, default=2**20, help="of one pass")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the preset, such as train.steps=10")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, train, measure, print."""
+    args = parsed()
     args.began = time.monotonic()
-    name = args.name or f"recall-{args.preset}-{args.seed}"
-    out = args.out / name
     # Drawing a batch takes 3 ms on one thread; many threads only wait for each other.
     torch.set_num_threads(1)
-    seconds = train(args.preset, out, [*args.set, f"train.seed={args.seed}"])
-    values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    args.key_length = values["task"]["key_length"]
-    print(f"{name}: trained in {seconds:.1f} s", flush=True)
-    rows = evaluate(out, name, args, seconds)
-    print(table(rows))
-    (out / "table.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    if args.symbols:
+        name = f"{args.symbols}-{args.seed}"
+        values = preset(args.symbols, "train symbols", [*args.set, f"train.seed={args.seed}"])
+        places = {"out": str(args.out / name), "rows": str(args.rows)}
+        run_symbols(options_from(SymbolOptions, {**values, **places}))
+        return
+    variants = (
+        {"": []} if args.ablate is None else {f"-{key}": ABLATIONS[key] for key in args.ablate or ABLATIONS}
+    )
+    for suffix, changes in variants.items():
+        name = f"recall-{args.preset}{suffix}-{args.seed}"
+        seconds = train(name, args, changes)
+        print(f"{name}: trained in {seconds:.1f} s", flush=True)
+        print(table(evaluate(name, args, seconds)), flush=True)
 
 
 if __name__ == "__main__":

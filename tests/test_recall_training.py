@@ -13,12 +13,14 @@ import torch
 
 from newllm.cli import main
 from newllm.data.passkey import byte_passkey, training_batch
-from newllm.data.tokenizer import QUESTION_TOKEN
+from newllm.data.recall.drafts import language
+from newllm.data.tokenizer import QUESTION_TOKEN, byte_tokenizer
 from newllm.evaluation.intervals import wilson95
 from newllm.training.batches import NeedleBatches
 from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
 from newllm.training.groups import freeze_features
 from newllm.training.scratch import scratch_model
+from newllm.training.suite_batches import SuiteBatches
 from tests.evaluation_parts import PROSE
 
 TASK = TaskConfig(
@@ -95,5 +97,37 @@ def test_keys_come_near_their_question() -> None:
     assert low < math.log(2) / math.log(32) < high
     few = training_batch(task, near=0.5, **options).key_start
     assert 0.5 < float((task.last_start(400) - few < 32).double().mean()) < 0.65
-    with pytest.raises(ValueError, match="near 0.6 must be shares that sum to at most 1"):
+    with pytest.raises(ValueError, match=r"near 0.6 must be shares that sum to at most 1"):
         training_batch(task, near=0.6, **{**options, "edge": 0.5})
+
+
+def test_suites_in_words_are_trained_on_as_they_are_tested() -> None:
+    config = TaskConfig(
+        suites=["niah_single_2", "qa1"],
+        lengths=[700],
+        tokens_per_step=2100,
+        edge=0.3,
+        shift=True,
+        dilution=50.0,
+    )
+    batches = SuiteBatches(language(byte_tokenizer(), PROSE * 4), config, segment=64, steps=10, seed=0)
+    seen = set()
+    for step in range(10):
+        made = batches.batch(step)
+        assert torch.equal(made["input_ids"], batches.batch(step)["input_ids"])
+        assert made["input_ids"].shape == made["loss_weight"].shape == (3, 700)
+        assert made["segment_weight"].shape == (3, 11)
+        for ids, weight, segments in zip(*made.values(), strict=True):
+            counted = (weight > weight.min()).nonzero()[:, 0]
+            text = bytes(ids.tolist()).decode()
+            answer = text[int(counted[0]) : int(counted[-1]) + 1].strip()
+            asked = text[: int(counted[0])]
+            seen.add(asked[-20:])
+            place = asked.index(f"{answer}.")
+            assert asked.endswith(("the provided text is", "Answer:"))
+            if asked.endswith("is"):
+                assert float(segments[place // 64]) == 1.0
+    assert len(seen) >= 2
+    short = replace(config, lengths=[100])
+    with pytest.raises(ValueError, match="is too short for its prompt, which needs"):
+        SuiteBatches(language(byte_tokenizer(), PROSE), short, segment=64, steps=1, seed=0)

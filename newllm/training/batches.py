@@ -10,14 +10,15 @@ from torch import Tensor
 from newllm.data.packing import random_blocks
 from newllm.data.passkey import PasskeyTask, training_batch
 from newllm.training.config import TaskConfig
-from newllm.training.dilution import dilution_weights, ramp
+from newllm.training.dilution import diluted
 
 
 class NeedleBatches:
     """``steps`` batches of text in which keys are hidden and asked for, along a curriculum of lengths.
 
     Each is a dict of ``input_ids [B, T]``, ``loss_weight [B, T]`` (what predicting a token counts; the
-    answers of a batch sum to 1, its text to ``text_weight``) and ``segment_weight [B, ceil(T / segment)]``.
+    answers of a batch sum to 1, its text to ``text_weight``) and, with dilution,
+    ``segment_weight [B, ceil(T / segment)]``.
 
     Raises:
         ValueError: for a text shorter than a sample, shares outside [0, 1] or a sample too short for a key.
@@ -57,8 +58,8 @@ class NeedleBatches:
         kept = torch.cat([kept, torch.ones(len(text), kept.shape[1], dtype=torch.bool)])
         plain = (weight == 0).float()
         weight = weight / max(1.0, float(weight.sum())) + plain * (config.text_weight / float(plain.sum()))
-        diluted = dilution_weights(kept, factor=config.dilution, strength=ramp(progress), generator=generator)
-        return {"input_ids": ids, "loss_weight": weight, "segment_weight": diluted}
+        made = {"input_ids": ids, "loss_weight": weight}
+        return made | diluted(kept, config.dilution, progress, generator)
 
     def _behind(self, length: int, generator: torch.Generator) -> int:
         """How much text follows the answers of a batch, so that questions stand anywhere in a segment."""

@@ -78,6 +78,7 @@ class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
 
     Args:
+        suites: what is asked: passkey, or names of suites in words (see newllm eval recall) in equal shares.
         lengths: tokens of a sample, in equal shares of the training.
         tokens_per_step: most tokens of a batch.
         max_rows: most samples of a batch.
@@ -91,6 +92,7 @@ class TaskConfig:
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
     """
 
+    suites: list[str] = field(default_factory=lambda: ["passkey"])
     lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
     tokens_per_step: int = 4096
     max_rows: int = 64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.recall.prompts import GIVEN, Prompts, Suite, Written, cell_seed, gathered
-from newllm.data.tokenizer import encode
+from newllm.data.tokenizer import byte_ids, encode, is_byte_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,15 +61,16 @@ def language(tokenizer: PreTrainedTokenizerBase, text: str) -> Language:
 
     Raises ``ValueError`` for an empty text.
     """
-    filler = encode(tokenizer, re.sub(r"\d", "#", text))
+    # Asking each time whether a tokenizer is one of bytes would take longer than to encode by it.
+    bytewise = is_byte_tokenizer(tokenizer)
+    to_ids = byte_ids if bytewise else partial(encode, tokenizer)
+    filler = to_ids(re.sub(r"\d", "#", text))
     if len(filler) == 0:
         raise ValueError("text is empty, expected some words to hide things in")
     kinds = torch.unique(filler)
     ends = [bool(_SENTENCE_END.search(tokenizer.decode([token]))) for token in kinds.tolist()]
     breaks = torch.isin(filler, kinds[torch.tensor(ends, dtype=torch.bool)])
-    return Language(
-        lambda words: encode(tokenizer, words), lambda ids: str(tokenizer.decode(ids)), filler, breaks
-    )
+    return Language(to_ids, lambda ids: str(tokenizer.decode(ids)), filler, breaks)
 
 
 def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -> Suite:
@@ -78,10 +80,7 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
         rows = []
         for number in samples:
             random = Random(cell_seed(name, seed, length, depth, number))
-            planned = draft(depth, random)
-            pieces, parts = answer_pieces(words, planned)
-            question = len(words.encode(planned.question))
-            rows.append(Written(compose(words, planned, length, random), pieces, parts, question))
+            rows.append(written(words, draft(depth, random), length, random))
         return gathered(rows)
 
     def solved(ids: Tensor, random: Random) -> list[tuple[int, ...]]:
@@ -90,8 +89,8 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
     return Suite(name, prompts, solved)
 
 
-def compose(words: Language, draft: Draft, length: int, random: Random) -> Tensor:
-    """The prompt ``[length]`` of ``draft``.
+def written(words: Language, draft: Draft, length: int, random: Random) -> Written:
+    """The prompt of ``length`` tokens that ``draft`` plans, with its answer.
 
     Raises ``ValueError`` for a length too short for what has to stand in it.
     """
@@ -105,13 +104,16 @@ def compose(words: Language, draft: Draft, length: int, random: Random) -> Tenso
         index = (start + torch.arange(room)) % len(words.filler)
         hay, breaks = words.filler[index], words.breaks[index]
     else:
-        hay, breaks = _written(words, draft.hay, room, random)
-    spots = [_spot(breaks, place) for place in draft.places]
-    parts, before = [head], 0
-    for needle, spot in zip(needles, spots, strict=True):
+        hay, breaks = _written_hay(words, draft.hay, room, random)
+    parts, before, total, spans = [head], 0, len(head), []
+    for needle, place in zip(needles, draft.places, strict=True):
+        spot = max(before, _spot(breaks, place))
         parts += [hay[before:spot], needle]
-        before = spot
-    return torch.cat([*parts, hay[before:], question])
+        total += spot - before
+        spans.append((total, total + len(needle)))
+        total, before = total + len(needle), spot
+    prompt = torch.cat([*parts, hay[before:], question])
+    return Written(prompt, *answer_pieces(words, draft), len(question), spans)
 
 
 def answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[int]]:
@@ -127,7 +129,7 @@ def answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[
     return pieces, numbers
 
 
-def _written(
+def _written_hay(
     words: Language, hay: Callable[[Random], str], room: int, random: Random
 ) -> tuple[Tensor, Tensor]:
     """``room`` tokens of sentences, the last cut short, and where each ends."""

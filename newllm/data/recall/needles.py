@@ -8,8 +8,7 @@ from functools import partial
 from random import Random
 from typing import Literal, NamedTuple
 
-from newllm.data.recall.drafts import Draft, Language, drafted_suite
-from newllm.data.recall.prompts import Suite
+from newllm.data.recall.drafts import Draft, Drafting, Solving
 from newllm.data.recall.words import different, identifier, number, word
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -58,10 +57,10 @@ SETTINGS = {
 """RULER's eight tasks of this family."""
 
 
-def needle_suite(name: str, words: Language) -> Suite:
+def needle_drafting(name: str) -> tuple[Drafting, Solving]:
     """The task ``name`` of ``SETTINGS``; where several answers are asked for, in the order of the text."""
     setting = SETTINGS[name]
-    return drafted_suite(name, words, partial(_draft, setting), partial(_solve, setting))
+    return partial(_draft, setting), partial(_solve, setting)
 
 
 def noise(random: Random) -> str:

@@ -59,19 +59,23 @@ def scores(right: Tensor, parts: Tensor) -> Tensor:
 
 
 class Written(NamedTuple):
-    """One prompt: ids ``[T]``, the answer as ``pieces`` of ids, their ``parts``, tokens of the question."""
+    """One prompt: ids ``[T]``, the answer as ``pieces`` of ids, their ``parts``, tokens of the question.
+
+    ``spans`` are where the needles stand: first token and the one behind the last.
+    """
 
     prompt: Tensor
     pieces: Sequence[Sequence[int]]
     parts: Sequence[int]
     question: int
+    spans: Sequence[tuple[int, int]] = ()
 
 
 def gathered(rows: Sequence[Written], pad: int = 0) -> Prompts:
     """Prompts of one length, ``pad`` behind the shorter answers."""
     longest = max(sum(map(len, row.pieces)) for row in rows)
     ids, answers, parts = [], [], []
-    for prompt, pieces, numbers, _ in rows:
+    for prompt, pieces, numbers, *_ in rows:
         tokens = [token for piece in pieces for token in piece]
         owners = [number for piece, number in zip(pieces, numbers, strict=True) for _ in piece]
         missing = longest - len(tokens)

@@ -12,8 +12,7 @@ from functools import partial
 from random import Random
 from typing import NamedTuple
 
-from newllm.data.recall.drafts import Draft, Language, drafted_suite
-from newllm.data.recall.prompts import Suite
+from newllm.data.recall.drafts import Draft, Drafting, Solving
 
 PEOPLE = ("Daniel", "John", "Mary", "Sandra")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -32,10 +31,10 @@ class Story(NamedTuple):
     answer: str
 
 
-def story_suite(name: str, words: Language) -> Suite:
+def story_drafting(name: str) -> tuple[Drafting, Solving]:
     """``qa1`` to ``qa5``."""
     tell, options = _TELLERS[name]
-    return drafted_suite(name, words, partial(_draft, tell), partial(_solve, options))
+    return partial(_draft, tell), partial(_solve, options)
 
 
 def _draft(tell: Callable[[Random], Story], depth: float | None, random: Random) -> Draft:

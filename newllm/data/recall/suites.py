@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
-from newllm.data.recall.drafts import language
-from newllm.data.recall.needles import SETTINGS, needle_suite
+from newllm.data.recall.drafts import Drafting, Solving, drafted_suite, language
+from newllm.data.recall.needles import SETTINGS, needle_drafting
 from newllm.data.recall.passkeys import passkey_suite
 from newllm.data.recall.prompts import Suite
-from newllm.data.recall.stories import STORIES, story_suite
-from newllm.data.recall.tracing import tracking_suite
+from newllm.data.recall.stories import STORIES, story_drafting
+from newllm.data.recall.tracing import tracking_drafting
 from newllm.data.tokenizer import is_byte_tokenizer
 
 if TYPE_CHECKING:
@@ -60,11 +60,18 @@ def make_suite(
     makers: dict[str, Callable[[], Suite]] = {
         "passkey": lambda: passkey_suite(_passkey(tokenizer, text, key_length)),
         "passkey_border": lambda: passkey_suite(_passkey(tokenizer, text, key_length), segment),
-        "vt": lambda: tracking_suite(language(tokenizer, text)),
     }
-    makers |= {key: lambda: needle_suite(name, language(tokenizer, text)) for key in SETTINGS}
-    makers |= {key: lambda: story_suite(name, language(tokenizer, text)) for key in STORIES}
+    if name not in makers:
+        words = language(tokenizer, text)
+        return drafted_suite(name, words, *drafting(name))
     return makers[name]()
+
+
+def drafting(name: str) -> tuple[Drafting, Solving]:
+    """How prompts of the suite ``name``, passkeys apart, are planned and answered."""
+    if name in SETTINGS:
+        return needle_drafting(name)
+    return tracking_drafting() if name == "vt" else story_drafting(name)
 
 
 def _passkey(tokenizer: PreTrainedTokenizerBase, text: str, key_length: int) -> PasskeyTask:

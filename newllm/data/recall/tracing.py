@@ -8,9 +8,8 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
-from newllm.data.recall.drafts import Draft, Language, drafted_suite
+from newllm.data.recall.drafts import Draft, Drafting, Solving
 from newllm.data.recall.needles import noise
-from newllm.data.recall.prompts import Suite
 from newllm.data.recall.words import different
 
 HOPS = 4
@@ -25,12 +24,12 @@ _STATEMENT = re.compile(r"VAR ([A-Z]{5}) = (?:VAR )?([A-Z]{5}|\d{5})\b")
 _ASKED = re.compile(r"variables are assgined the value (\d{5}), they are:")
 
 
-def tracking_suite(words: Language, hops: int = HOPS) -> Suite:
+def tracking_drafting(hops: int = HOPS) -> tuple[Drafting, Solving]:
     """``vt``: ``VAR A = 12345``, ``VAR B = VAR A``, ... over ``hops`` hops; all variables of the value.
 
     The answer names them in the chain's order. At a depth the chain begins there.
     """
-    return drafted_suite("vt", words, partial(_draft, hops), partial(_solve, hops))
+    return partial(_draft, hops), partial(_solve, hops)
 
 
 def _name(random: Random) -> str:
