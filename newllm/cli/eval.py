@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm.cli import Command
+from newllm.cli.eval_harness import HarnessOptions, run as run_harness
 from newllm.cli.eval_memory import MemoryOptions, run as run_memory
 from newllm.cli.eval_recall import SuiteOptions, run as run_suites
 from newllm.cli.loading import Dtype
@@ -275,6 +276,7 @@ def _memory_line(report: PerplexityReport) -> str:
 
 COMMANDS = {
     "recall": Command(SuiteOptions, run_suites, flag="--suite"),
+    "harness": Command(HarnessOptions, run_harness, flag="--harness"),
     "memory": Command(MemoryOptions, run_memory),
     "perplexity": Command(PerplexityOptions, run_perplexity),
     "passkey": Command(PasskeyOptions, run_passkey),

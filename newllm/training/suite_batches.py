@@ -41,8 +41,8 @@ class SuiteBatches:
         plain = (weight == 0).float()
         weight = weight / weight.sum() + plain * (config.text_weight / float(plain.sum()))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        made = {"input_ids": ids, "loss_weight": weight}
-        return made | diluted(kept, config.dilution, progress, generator)
+        batch = {"input_ids": ids, "loss_weight": weight}
+        return batch | diluted(kept, config.dilution, progress, generator)
 
     def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
