@@ -114,7 +114,7 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
     model = load_senri(folder).to(device).eval()
     facts = {
         "model": name, "weights": weights_digest(model), "window": model.config.sliding_window,
-        "segment": model.config.segment, "parameters": model.num_parameters(), "commit": commit(),
+        "segment": model.config.segment, "parameters": model.num_parameters(), "commit": args.commit,
         "seconds_trained": round(seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
@@ -175,6 +175,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=100, help="most of a cell")
     parser.add_argument("--seconds", type=float, default=1e9, help="in all, before no new cell is begun")
     parser.add_argument("--tokens", type=int, default=2**20, help="of one pass")
+    parser.add_argument("--commit", default=commit(), help="of a checkout without its history")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the preset, such as train.steps=10")
     return parser.parse_args()
 

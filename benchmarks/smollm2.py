@@ -97,7 +97,7 @@ def measure_arm(arm: str, folder: Path, args: argparse.Namespace, rows: RowFile)
     model: Any = load_model(folder, dtype="float32").to(device).eval()
     tokenizer = load_base_tokenizer(folder)
     remembers = bool(getattr(model.config, "memory_layers", None))
-    facts: Row = {"model": arm, "weights": weights_digest(model), "commit": commit(), "depth": None}
+    facts: Row = {"model": arm, "weights": weights_digest(model), "commit": args.commit, "depth": None}
     ids = encode(tokenizer, load_text(args.novel).text)[: args.novel_tokens]
     for emptied in (False, True) if remembers else (False,):
         cell = {
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/smollm2.jsonl"))
+    parser.add_argument("--commit", default=commit(), help="of a checkout without its history")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the preset, such as train.steps=10")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -116,7 +116,7 @@ def run(options: SuiteOptions) -> None:
                 found += measure(answer, suite, task, facts=facts, rows=rows)
     console = Console()
     console.print(_table(found))
-    console.print(f"{rows.path}, {', '.join(_pictures(found, window, options.out))}", highlight=False)
+    console.print(f"{rows.path}, {', '.join(pictures(found, window, options.out))}", highlight=False)
 
 
 def _answerers(
@@ -154,7 +154,7 @@ def _precision(autocast: bool, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
 
 
-def _pictures(rows: list[Row], window: int, out: str) -> list[str]:
+def pictures(rows: list[Row], window: int, out: str, prefix: str = "") -> list[str]:
     """A heat map for each suite that was measured at depths."""
     from pathlib import Path
 
@@ -171,7 +171,7 @@ def _pictures(rows: list[Row], window: int, out: str) -> list[str]:
                 multiple = f"{row['length'] / window:.10g}"
                 lengths.setdefault(multiple, {})[str(row["depth"])] = row["score"]
         figure = recall_figure({"window": window, "recall": recall})
-        path = Path(out) / f"{suite}.png"
+        path = Path(out) / f"{prefix}{suite}.png"
         replace_file(path, partial(figure.savefig, dpi=150, format="png"))
         paths.append(str(path))
     return paths
