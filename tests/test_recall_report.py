@@ -18,8 +18,9 @@ from newllm.models.files import save_model
 from tests.evaluation_parts import byte_senri
 
 CELL = {
-    "suite": "passkey", "model": "m", "memory": "on", "weights": "w", "length": 1024, "depth": 0.5, "samples": 10,
-    "score": 1.0, "ci95": [0.72, 1.0], "seed": 0, "commit": "abcdefghij", "window": 16, "parameters": 1234,
+    "suite": "passkey", "model": "m", "memory": "on", "weights": "w", "length": 1024, "depth": 0.5,
+    "samples": 10, "score": 1.0, "ci95": [0.72, 1.0], "seed": 0, "commit": "abcdefghij", "window": 16,
+    "parameters": 1234,
 }  # fmt: skip
 FOUND: dict[str, Any] = {
     "results": {"niah_single_1": {"alias": "a", "512,none": 0.75, "512_stderr,none": 0.1, "1024,none": -1.0}},

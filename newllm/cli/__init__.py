@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
     "train": "train a model on any text, with nothing lost",
-    "eval": "perplexity by position, recall of passkeys",
+    "eval": "recall by length and depth, perplexity by position, what memories give",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
     "chat": "talk with a model",
