@@ -39,9 +39,7 @@ ROWS_DUE = (
     18,
     *range(20, 47),
     50,
-    *range(57, 78),
-    *range(79, 82),
-    *range(83, 86),
+    *range(57, 86),
 )
 
 

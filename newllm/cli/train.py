@@ -1,4 +1,4 @@
-"""``newllm train senri`` and ``newllm train hf``: from any text to a trained model, with nothing lost."""
+"""``newllm train senri``, ``recall`` and ``hf``: from any text to a trained model, with nothing lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from newllm.cli import Command
 from newllm.cli.train_context import COMMANDS as CONTEXT
+from newllm.cli.train_symbols import COMMANDS as SYMBOLS
 from newllm.data.sources import Offline
 from newllm.training.config import (
     ConvertConfig,
@@ -70,6 +71,20 @@ class SenriOptions(CommonOptions):
     base: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+
+
+@dataclass(kw_only=True)
+class RecallOptions(SenriOptions):
+    """Train a small Senri from scratch to find keys at any depth of streams far longer than it is trained on.
+
+    The same as newllm train senri with its needles: --preset million and quick are made for it.
+
+    Args:
+        stream: what batches are made of.
+    """
+
+    out: str = "runs/recall"
+    stream: StreamConfig = field(default_factory=lambda: StreamConfig(kind="needles"))
 
 
 @dataclass
@@ -246,4 +261,10 @@ def _finish(record: Any, trainer: Any, shape: dict[str, Any], data: dict[str, An
     print(f"the model is in {kept}; {record.metrics}, {record.out / CURVES}, {record.out / SUMMARY}")
 
 
-COMMANDS = {"senri": Command(SenriOptions, run_senri), "hf": Command(HfOptions, run_hf), **CONTEXT}
+COMMANDS = {
+    "senri": Command(SenriOptions, run_senri),
+    "recall": Command(RecallOptions, run_senri),
+    "hf": Command(HfOptions, run_hf),
+    **CONTEXT,
+    **SYMBOLS,
+}

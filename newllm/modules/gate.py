@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from newllm.reference.infini import gate_value
 from newllm.types import FeatureMap, GateKind
 
+HISTOGRAM_BINS = 10
+
 
 class MemoryGate(nn.Module):
     """``beta [H]``, zero at the start, of ``out = A_dot + g (A_mem - A_dot)``, g = sigmoid or tanh(beta).
@@ -34,6 +36,14 @@ class MemoryGate(nn.Module):
     def openness(self) -> Tensor:
         """g per head ``[H]``, detached."""
         return gate_value(self.weight.detach().float(), self.kind)
+
+
+def gate_histogram(model: nn.Module) -> list[int]:
+    """How many heads have a gate of absolute value in each tenth from 0 to 1."""
+    gates = [module.openness().abs() for module in model.modules() if isinstance(module, MemoryGate)]
+    if not gates:
+        return [0] * HISTOGRAM_BINS
+    return [int(count) for count in torch.cat(gates).cpu().histc(HISTOGRAM_BINS, 0, 1)]
 
 
 class MemoryFeature(nn.Module):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from newllm.modules.gate import MemoryGate
+from newllm.modules.gate import MemoryGate, gate_histogram
 from newllm.runs import Run
 from newllm.training.config import TrainConfig
 from newllm.training.schedules import clip_norm
@@ -36,7 +36,7 @@ class Throughput:
 
 
 class RunLog(TrainerCallback):
-    """Writes what the Trainer logs, and how far each memory's gates are open, to ``metrics.jsonl``."""
+    """Writes what the Trainer logs, and how far the memories' gates are open, to ``metrics.jsonl``."""
 
     def __init__(self, run: Run, model: nn.Module, throughput: Throughput) -> None:
         self.run, self.model, self.throughput = run, model, throughput
@@ -53,11 +53,13 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs = {name: value for name, value in (logs or {}).items() if name not in ("epoch", "total_flos")}
-        gates = {
+        gates: dict[str, Any] = {
             f"gate/{name}": [round(g, 4) for g in module.openness().tolist()]
             for name, module in self.model.named_modules()
             if isinstance(module, MemoryGate)
         }
+        if gates:
+            gates["gate_histogram"] = gate_histogram(self.model)
         if "loss" in logs:
             logs["tokens_per_second"] = round(self.throughput.rate(), 1)
         self.run.log(step=state.global_step, **logs, **gates)

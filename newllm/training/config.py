@@ -21,6 +21,10 @@ class ModelConfig:
         memory_layers: layers with a memory (null: the default, []: none).
         gate: tanh starts shut, so that the window learns first.
         rule: how the memory is written.
+        feature: elu1 with feature_scale and feature_bias at the start, or dpfp of feature_order.
+        feature_scale: how much the features contrast keys (1: the paper's).
+        feature_bias: how sparse they are (0: the paper's).
+        feature_order: of dpfp, whose features are 2 * order times as wide.
     """
 
     hidden_size: int = 96
@@ -33,6 +37,10 @@ class ModelConfig:
     memory_layers: list[int] | None = None
     gate: Literal["sigmoid", "tanh"] = "tanh"
     rule: Literal["linear", "delta", "gamma"] = "linear"
+    feature: Literal["elu1", "dpfp"] = "elu1"
+    feature_scale: float = 4.0
+    feature_bias: float = -4.0
+    feature_order: int = 1
 
 
 @dataclass(kw_only=True)
@@ -70,6 +78,7 @@ class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
 
     Args:
+        suites: what is asked: passkey, or names of suites in words (see newllm eval recall) in equal shares.
         lengths: tokens of a sample, in equal shares of the training.
         tokens_per_step: most tokens of a batch.
         max_rows: most samples of a batch.
@@ -77,10 +86,13 @@ class TaskConfig:
         key_length: digits of a key.
         edge: share of keys at the very first token.
         straddle: share of keys across a segment border.
+        near: share of keys within two segments of the question, the nearer the likelier.
+        shift: let up to a segment of text follow the answers, so that questions stand anywhere in theirs.
         text_weight: weight of the text's own loss beside that of the answers, 1.
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
     """
 
+    suites: list[str] = field(default_factory=lambda: ["passkey"])
     lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
     tokens_per_step: int = 4096
     max_rows: int = 64
@@ -88,6 +100,8 @@ class TaskConfig:
     key_length: int = 3
     edge: float = 0.2
     straddle: float = 0.3
+    near: float = 0.0
+    shift: bool = False
     text_weight: float = 0.1
     dilution: float = 1024.0
 
@@ -147,6 +161,7 @@ class TrainConfig:
         warmup_steps: steps in which the rate rises.
         schedule: how it falls to a tenth.
         memory_multiplier: factor of the rate of gates and feature parameters.
+        freeze_features: feature parameters stay as they begin.
         memory_layer_multiplier: factor of the rate of attention layers with a memory.
         memory_first: steps in which only the layers with a memory learn.
         memory_first_lr: peak rate of those steps (null: lr).
@@ -176,6 +191,7 @@ class TrainConfig:
     warmup_steps: int = 50
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     memory_multiplier: float = 10.0
+    freeze_features: bool = False
     memory_layer_multiplier: float = 1.0
     memory_first: int = 0
     memory_first_lr: float | None = None

@@ -16,6 +16,13 @@ def memory_owners(model: nn.Module) -> set[str]:
     }
 
 
+def freeze_features(model: nn.Module) -> None:
+    """Leave the parameters of the memories' feature maps as they are."""
+    for name, parameter in model.named_parameters():
+        if "memory_feature" in name.split("."):
+            parameter.requires_grad_(False)
+
+
 def outside_memory(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that do not belong to attention layers with a memory.
 

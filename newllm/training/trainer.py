@@ -20,7 +20,7 @@ from newllm.training.carry import CarriedStates
 from newllm.training.checkpoints import Checkpoints, replace_folder, step_of, told
 from newllm.training.config import TrainConfig
 from newllm.training.feed import AtStart, Batches, Feed, Place
-from newllm.training.groups import outside_memory, parameter_groups
+from newllm.training.groups import freeze_features, outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.schedules import staged_factor
 from newllm.training.slicing import Slicing
@@ -65,6 +65,8 @@ class LanguageTrainer(Trainer):
         self._interrupt, self._throughput = Interrupt(), Throughput()
         self._carried = CarriedStates(model.config) if carry else None
         self._frozen = outside_memory(model) if config.memory_first else []
+        if config.freeze_features:
+            freeze_features(model)
         self._micro = 0
         self._resumed: Path | None = None
         super().__init__(
