@@ -29,15 +29,7 @@ COMPILED = {"kernels", "_C"}
 MAX_LINES = 450
 ROWS_DUE = (
     *range(1, 10),
-    11,
-    12,
-    13,
-    14,
-    15,
-    17,
-    18,
-    *range(20, 47),
-    50,
+    *range(11, 52),
     *range(57, 78),
     *range(79, 82),
     *range(83, 86),

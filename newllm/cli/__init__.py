@@ -27,6 +27,7 @@ HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
     "train": "train a model on any text, with nothing lost",
     "eval": "perplexity by position, recall of passkeys",
+    "diagnose": "what the contexts of a model do: attractors, rank, identity, convergence",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
     "chat": "talk with a model",
