@@ -13,7 +13,6 @@ from newllm.evaluation.attractor import fixed_points, global_attractor
 from newllm.testing import assert_rounding
 from newllm.training.cvfpt import (
     Convergence,
-    CvfptConfig,
     cycle_loss,
     measure,
     repeated,
@@ -32,6 +31,7 @@ from newllm.training.cvfpt_checks import (
     validation_suite,
     verdict,
 )
+from newllm.training.phase_config import CvfptConfig
 
 QUICK = CvfptConfig(repetitions=10, epochs_per_stage=10)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from newllm.cli import Command
+from newllm.cli.train_cvfpt import CvfptOptions, run_cvfpt
 from newllm.data.sources import Offline
 from newllm.training.config import SourceConfig
 from newllm.training.phase_config import Phase1Config, Phase2Config
@@ -165,4 +166,5 @@ def _short(value: Any) -> str:
 COMMANDS = {
     "context": Command(ContextOptions, run_context),
     "context-kv": Command(ContextKVOptions, run_context_kv),
+    "cvfpt": Command(CvfptOptions, run_cvfpt),
 }

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from newllm.models import ContextLMConfig, ContextLMForCausalLM
-from newllm.training.cvfpt import Convergence, CvfptConfig, measure, repeated, train_phrases
+from newllm.training.cvfpt import Convergence, measure, repeated, train_phrases
+from newllm.training.phase_config import CvfptConfig
 
 Make = Callable[[], ContextLMForCausalLM]
 RANDOM = "random sequence"
+VOCABULARY = 1000
+"""Token ids of the models that are made to be judged."""
+
 _EPOCHS, _REPETITIONS, _INITIAL_STD = 5, 30, 0.07
 _PAIR_TOKENS, _PAIR_EPOCHS = 10, 30
 
@@ -54,7 +58,7 @@ def suite_patterns(vocabulary: int, repetitions: int, seed: int = 42) -> dict[st
 
 
 def validation_suite(
-    vocabulary: int,
+    vocabulary: int = VOCABULARY,
     *,
     cell: str = "gated",
     seed: int = 42,
@@ -94,13 +98,13 @@ def updater_pair(cell: str, *, seed: int = 42) -> tuple[ContextLMForCausalLM, Te
     256, H 1024, one layer.
     """
     model = small_model(
-        1000, cell=cell, seed=seed, context_dim=256, embed_dim=256, hidden_dim=1024,
+        VOCABULARY, cell=cell, seed=seed, context_dim=256, embed_dim=256, hidden_dim=1024,
         num_hidden_layers=1, embed_norm=False, initializer_range=0.01,
     )  # fmt: skip
     config = CvfptConfig(repetitions=10, token_weight=0.05)
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate)
     train_phrases(model, [[token] for token in range(_PAIR_TOKENS)], config, optimizer, _PAIR_EPOCHS)
-    others = torch.randperm(1000 - _PAIR_TOKENS, generator=torch.Generator().manual_seed(42))[:50]
+    others = torch.randperm(VOCABULARY - _PAIR_TOKENS, generator=torch.Generator().manual_seed(42))[:50]
     return model, others + _PAIR_TOKENS
 
 
