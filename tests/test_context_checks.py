@@ -35,7 +35,7 @@ def linear(keep: float, width: int = 4) -> Recurrence:
             found.append(context)
         return torch.stack(found, 1), context
 
-    return Recurrence("linear", width, width, lambda ids: ids, sweep)
+    return Recurrence("linear", width, width, lambda ids: ids, sweep, lambda c, x: keep * c + x)
 
 
 def stream(length: int = 400, width: int = 4, seed: int = 3) -> Tensor:

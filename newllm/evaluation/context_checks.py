@@ -24,12 +24,13 @@ _DEAD, _COPIED = 0.1, 0.95
 _FINAL = ((1e-4, "excellent"), (1e-3, "good"), (1e-2, "moderate"))
 _SLOPE, _SPREAD = 1e-3, 0.01
 _PROFILE = 64
+_FIRST_STD, _CONVERGED, _AT_ONCE = 0.01, 0.03, 65536
 
 
 class Recurrence(NamedTuple):
     """One recurrence of a model: its ``name``, context ``width``, ``inputs`` of ids, and its ``sweep``.
 
-    ``step`` is one step from contexts ``[n, C]`` by inputs ``[n, E]``; ``input_width`` is E.
+    ``step`` is one token from contexts ``[n, C]`` by inputs ``[n, E]``; ``input_width`` is E.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Recurrence(NamedTuple):
     input_width: int
     inputs: Callable[[Tensor], Tensor]
     sweep: Sweep
+    step: Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -51,7 +53,16 @@ def recurrences(model: Any) -> list[Recurrence]:
     body = model.model
     if kind == "context_lm" and model.config.cell != "context":
         cell = body.recurrent
-        return [Recurrence("cell", cell.context_dim, cell.embed_dim, body.embed, lambda x, s: cell(x, s)[1:])]
+        return [
+            Recurrence(
+                "cell",
+                cell.context_dim,
+                cell.embed_dim,
+                body.embed,
+                lambda x, state: cell(x, state)[1:],
+                lambda context, x: cell(x[:, None], context)[2],
+            )
+        ]
     blocks = list(body.context_blocks) if kind == "context_kv" else [body.context_block]
 
     def one(number: int, block: Any) -> Recurrence:
@@ -63,8 +74,12 @@ def recurrences(model: Any) -> list[Recurrence]:
             contexts, last, _ = block(x, state)
             return contexts, last
 
+        def step(context: Tensor, x: Tensor) -> Tensor:
+            made: Tensor = block.step(context, x)[-1]
+            return made
+
         width = block.input_tokens * block.embed_dim
-        return Recurrence(f"block {number}", block.context_dim, width, inputs, sweep)
+        return Recurrence(f"block {number}", block.context_dim, width, inputs, sweep, step)
 
     return [one(number, block) for number, block in enumerate(blocks)]
 
@@ -121,11 +136,43 @@ def mapping_identity(one: Recurrence, *, pairs: int = 100, seed: int = 42) -> Ma
         F.layer_norm(torch.randn(pairs, width, generator=generator), (width,))
         for width in (one.width, one.input_width)
     )
-    after = one.sweep(x[:, None], before)[1]
+    after = one.step(before, x)
     cosines = F.cosine_similarity(before.double(), after.double(), dim=-1)
     mean = cosines.mean().item()
     above = int((cosines > _COPIED).sum())
     return MappingIdentity(mean, cosines.min().item(), cosines.max().item(), above, pairs, mean > _COPIED)
+
+
+class SweepCheck(NamedTuple):
+    """Of ``positions``, how many a last sweep moved by less than 0.03, and by how much it moved all.
+
+    ``cvfp_loss`` is the mean squared change by that sweep, ``final_difference`` the mean squared distance of
+    its contexts from the exact ones.
+    """
+
+    converged: int
+    positions: int
+    cvfp_loss: float
+    final_difference: float
+
+
+@torch.no_grad()
+def sweep_check(one: Recurrence, x: Tensor, contexts: Tensor, *, sweeps: int, seed: int = 42) -> SweepCheck:
+    """Sweeps over ``x [N, E]`` as phase 1 makes them, without noise or training; ``contexts`` are exact.
+
+    The first of ``sweeps`` draws contexts; in each other one a position starts from where the sweep before
+    left its left neighbour.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    now = _FIRST_STD * torch.randn(contexts.shape, generator=generator, device=x.device, dtype=x.dtype)
+    before = now
+    for _ in range(max(1, sweeps - 1)):
+        shifted = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
+        parts = zip(shifted.split(_AT_ONCE), x.split(_AT_ONCE), strict=True)
+        before, now = now, torch.cat([one.step(context, part) for context, part in parts])
+    changes = (now - before).square().mean(-1)
+    apart = (now - contexts.to(now)).square().mean().item()
+    return SweepCheck(int((changes < _CONVERGED).sum()), len(x), changes.mean().item(), apart)
 
 
 class PassConvergence(NamedTuple):
@@ -176,6 +223,20 @@ def _passes(one: Recurrence, x: Tensor, passes: int) -> list[Tensor]:
     for _ in range(passes):
         contexts, state = one.sweep(x[None], state)
         found.append(contexts[0].double().cpu())
+    return found
+
+
+@torch.no_grad()
+def stream_checks(model: Any, ids: Tensor, sweeps: Sequence[int]) -> list[dict[str, Any]]:
+    """For every recurrence of ``model`` on ``ids [N]``: :func:`sweep_check` and the horizon of two starts.
+
+    ``sweeps`` has a number for each.
+    """
+    found = []
+    for one, count in zip(recurrences(model), sweeps, strict=True):
+        x = one.inputs(ids.to(model.device))
+        check = sweep_check(one, x, one.sweep(x[None], None)[0][0], sweeps=count)
+        found.append({**check._asdict(), "horizon": horizon(_two_starts(one, x, 8, 42))})
     return found
 
 
