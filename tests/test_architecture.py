@@ -29,8 +29,7 @@ COMPILED = {"kernels", "_C"}
 MAX_LINES = 450
 ROWS_DUE = (
     *range(1, 10),
-    *range(11, 52),
-    *range(57, 78),
+    *range(11, 78),
     *range(79, 82),
     *range(83, 86),
 )

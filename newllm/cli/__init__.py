@@ -28,6 +28,7 @@ HELP = {
     "train": "train a model on any text, with nothing lost",
     "eval": "perplexity by position, recall of passkeys",
     "diagnose": "what the contexts of a model do: attractors, rank, identity, convergence",
+    "scaling": "two-phase models over data, architectures and diversity losses",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
     "chat": "talk with a model",

@@ -91,7 +91,7 @@ def train_tokens(
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         history, weights = state["history"], [value.to(model.device) for value in state["best"]]
-    stopped = "patience" if _stale(history, config) else "epochs"
+    stopped = "patience" if is_stale(history, config) else "epochs"
     for epoch in range(len(history) + 1, config.epochs + 1):
         if stopped == "patience":
             break
@@ -101,14 +101,14 @@ def train_tokens(
         history.append(row)
         if log is not None:
             log(row)
-        if row is min(history, key=_validation):
+        if row is min(history, key=validation_perplexity):
             weights = [parameter.detach().clone() for parameter in trainable]
-        if _stale(history, config):
+        if is_stale(history, config):
             stopped = "patience"
         if keep is not None:
             now = {"best": weights, "history": history, "generator": generator.get_state()}
             keep.reached(partial(_held, trainable, optimizer, now))
-    best = min(history, key=_validation)
+    best = min(history, key=validation_perplexity)
     with torch.no_grad():
         for parameter, kept in zip(trainable, weights, strict=True):
             parameter.copy_(kept)
@@ -116,15 +116,16 @@ def train_tokens(
     return PhaseTwoResult(best["epoch"], loss, found, accuracy, stopped, history)
 
 
-def _validation(row: dict[str, Any]) -> float:
+def validation_perplexity(row: dict[str, Any]) -> float:
+    """By which rows of a history are judged."""
     value: float = row["validation_perplexity"]
     return value
 
 
-def _stale(history: list[dict[str, Any]], config: Phase2Config) -> bool:
+def is_stale(history: list[dict[str, Any]], config: Phase2Config) -> bool:
     """Whether the last ``patience`` epochs brought no improvement that counts."""
     reference, stale = math.inf, 0
-    for found in map(_validation, history):
+    for found in map(validation_perplexity, history):
         improved = found <= reference - config.min_improvement
         reference, stale = (found, 0) if improved else (reference, stale + 1)
     return stale >= config.patience
