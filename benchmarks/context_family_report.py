@@ -70,8 +70,8 @@ def write_report(rows: Rows, page: Path, source: Path) -> None:
     lines = [
         "# The context family, measured", "",
         f"Made by `python -m benchmarks.context_family report` from `{source}`; `python -m "
-        "benchmarks.context_family run` measures. Figures are means over seeds, in brackets the least and the "
-        "most.", "",
+        "benchmarks.context_family run` measures. Figures are means over seeds, in brackets the least and "
+        "the most.", "",
     ]  # fmt: skip
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += _device(device, [row for row in rows if row["device"] == device])
@@ -117,14 +117,13 @@ def _cell(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
 
 def _conditions(rows: Rows) -> str:
     last = rows[-1]
+    tokens = max(row["tokens"] for row in rows)
     said = (
-        f"{last['data']}, {max(row['tokens'] for row in rows):,} training tokens, embedding {last['embed_dim']}, "
+        f"{last['data']}, {tokens:,} training tokens, embedding {last['embed_dim']}, "
         f"context {last['context_dim']}, at most {last['epochs']} epochs; torch {last['torch']}, commit "
         f"{last['commit']}, {last['date']}."
     )
     equal = [row["bit_equal"] for row in rows if "bit_equal" in row]
     if equal:
-        said += (
-            f" Two runs of one seed ended with {'equal' if all(equal) else 'different'} weights, bit for bit."
-        )
+        said += f" Two runs of one seed: {'equal' if all(equal) else 'different'} weights, bit for bit."
     return said

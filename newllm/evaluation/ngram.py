@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2048
+_CELLS = 2**24
 
 
 class Counts(NamedTuple):
@@ -78,7 +78,7 @@ class NGram:
             classes.append(contexts)
             contexts = self._longer(contexts, ids, level.codes)
         loss, right = 0.0, 0
-        for places in torch.arange(1, len(ids)).split(_AT_ONCE):
+        for places in torch.arange(1, len(ids)).split(max(1, _CELLS // self.vocabulary)):
             known = self._probabilities([one[places] for one in classes])
             targets = ids[places]
             loss -= float(known.gather(1, targets[:, None]).log().double().sum())
