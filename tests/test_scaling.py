@@ -14,6 +14,7 @@ from newllm.cli import main
 from newllm.evaluation.ngram import NGram
 from newllm.evaluation.scaling import alpha_windows, power_law, sample_sizes, saturation, t_test, trend
 from newllm.testing import assert_rounding
+from newllm.training.config import SourceConfig
 from newllm.training.experiments import (
     ARCHITECTURES,
     Architecture,
@@ -237,8 +238,9 @@ def test_row_54_configurations_come_from_a_base() -> None:
 
 
 def test_validation_may_not_be_split_off_the_training_text() -> None:
-    with pytest.raises(ValueError, match="val_data_source must be 'documents', got 'auto_split'"):
-        DataConfig(val_data_source="auto_split")
+    data = DataConfig(data="sentences", source=SourceConfig(validation="auto_split"))
+    with pytest.raises(ValueError, match="validation must not be 'auto_split'"):
+        ExperimentRunner(data, Phase1Config(), Phase2Config())
 
 
 COMMON = [

@@ -86,8 +86,7 @@ class DataConfig(FromBase):
         offline: auto lets a stand-in take the place of a dataset out of reach, and says so; error does not.
         tokenizer: bytes, bpe:SIZE, words:SIZE, a folder or a hub id.
         validation_tokens: most validation tokens.
-        source: which documents are read.
-        val_data_source: only documents that training never sees may judge it.
+        source: which documents are read, and which of them judge.
     """
 
     data: str = "embedded"
@@ -95,15 +94,6 @@ class DataConfig(FromBase):
     tokenizer: str = "bpe:1024"
     validation_tokens: int = 10000
     source: SourceConfig = field(default_factory=SourceConfig)
-    val_data_source: str = "documents"
-
-    def __post_init__(self) -> None:
-        """Raises ``ValueError`` for another source of validation tokens than documents of its own."""
-        if self.val_data_source != "documents":
-            raise ValueError(
-                f"val_data_source must be 'documents', got {self.val_data_source!r}: a part of the training "
-                "tokens would be judged by what was learnt from its neighbours"
-            )
 
 
 class ExperimentRunner:
