@@ -11,8 +11,8 @@ from benchmarks.context_family_report import QUESTIONS, write_report
 def row(variant: str, seed: int, perplexity: float, **figures: Any) -> dict[str, Any]:
     return {
         "experiment": "documents", "variant": variant, "seed": seed, "tokens": 1000, "perplexity": perplexity,
-        "accuracy": 0.25, "horizon": 14, "device": "a device", "data": "chat", "embed_dim": 8, "context_dim": 4,
-        "epochs": 2, "torch": "2", "commit": "abc", "date": "today", **figures,
+        "accuracy": 0.25, "horizon": 14, "device": "a device", "data": "chat", "embed_dim": 8,
+        "context_dim": 4, "epochs": 2, "torch": "2", "commit": "abc", "date": "today", **figures,
     }  # fmt: skip
 
 
