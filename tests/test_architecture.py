@@ -29,17 +29,7 @@ LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 COMPILED = {"kernels", "_C"}
 MAX_LINES = 450
 ROWS_DUE = (
-    *range(1, 10),
-    11,
-    12,
-    13,
-    14,
-    15,
-    17,
-    18,
-    *range(20, 47),
-    50,
-    *range(57, 86),
+    *range(1, 86),
 )
 
 
