@@ -14,6 +14,7 @@
 #include <cstddef>
 
 #include "cuda_cluster.cuh"
+#include "cuda_lanes.cuh"
 
 namespace newllm {
 
@@ -75,18 +76,6 @@ struct Departure {
 };
 
 #ifdef NEWLLM_CLUSTERS
-
-// Sums over lanes that differ in `mask`, of 2n values; a lane keeps the n of its own side.
-template <int n>
-__device__ __forceinline__ void halve(float* values, int mask, int lane) {
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < n; i++) {
-        const float kept = upper ? values[n + i] : values[i];
-        const float given = upper ? values[i] : values[n + i];
-        values[i] = kept + __shfl_xor_sync(~0u, given, mask);
-    }
-}
 
 // Sums over all lanes of the values, rows by Tile::kValues, of which a lane gets one: of its row, of its column.
 template <class Tile>

@@ -8,6 +8,9 @@ namespace newllm {
 namespace {
 
 constexpr int kTensorRowsTogether = 8;
+// Narrower vectors go to the grid. Clusters apply a layer norm's mean to the product with W, which rounding spoils where
+// the deviation is next to nothing, and that of one or two columns often is.
+constexpr int kLeastClusterWidth = 32;
 
 // Whether every row has a cluster of its own, which tensor cores do not beat.
 bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && plan.rows * plan.groups == 1; }
@@ -48,7 +51,8 @@ const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const Cu
 
 template <class Arguments, class Sweep>
 CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device, int rows, int groups) {
-    if (rows != kGridRowsWanted && layers == 1 && has_clusters(device)) {
+    const bool wide = width >= kLeastClusterWidth || rows > 0;
+    if (rows != kGridRowsWanted && layers == 1 && wide && has_clusters(device)) {
         const CudaSweepPlan plan = choose<Arguments>(half, width, runs, rows, groups);
         if (plan.kernel != nullptr || rows || groups) return plan;
     }

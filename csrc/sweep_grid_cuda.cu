@@ -8,10 +8,14 @@
 namespace newllm {
 namespace {
 
-constexpr int kLeastBlocks = 8;  // of a team
-constexpr size_t kAlignment = 256;
+constexpr int kLeastBlocks = 16;  // of a team
+constexpr int kMostRows = 4;     // of a team at a time
+constexpr int kGridColumns = 8;  // of a block, where there are blocks enough
 
-size_t counter_bytes(int teams) { return (teams * sizeof(unsigned) + kAlignment - 1) / kAlignment * kAlignment; }
+// Of a vector that travels: the widest and the narrowest.
+struct Widths {
+    int64_t most, least;
+};
 
 int attribute(cudaDeviceAttr which) {
     int device = 0, value = 0;
@@ -19,38 +23,48 @@ int attribute(cudaDeviceAttr which) {
     return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
 
+size_t packet_bytes(const CudaSweepPlan& plan, int64_t widest) {
+    return size_t(2) * plan.clusters * plan.rows * even(widest) * sizeof(Packet);
+}
+
+int compiled_rows(const CudaSweepPlan& plan) { return plan.rows == 1 ? 1 : kMostRows; }
+
 template <class Task>
-CudaSweepPlan plan_task(const typename Task::Sweep& sweep, int64_t widest) {
+CudaSweepPlan plan_task(const typename Task::Sweep& sweep, const Widths& widths) {
     if (!attribute(cudaDevAttrCooperativeLaunch)) return refused("the device has no cooperative launches");
-    const size_t room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), row = Task::shared(sweep) * sizeof(float);
+    const size_t room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const int processors = attribute(cudaDevAttrMultiProcessorCount);
-    if (row > room) return refused("a row is wider than a block's shared memory holds");
     CudaSweepPlan plan{};
     plan.kernel = "grid";
     plan.threads = kGridThreads;
-    plan.rows = static_cast<int>(std::min<int64_t>(kGridRows, sweep.span.rows()));
-    while (plan.rows * row > room) plan.rows = (plan.rows + 1) / 2;
-    const int64_t teams = (sweep.span.rows() + plan.rows - 1) / plan.rows;
-    plan.clusters = static_cast<int>(std::min<int64_t>(teams, std::max(processors / kLeastBlocks, 1)));
-    plan.groups = static_cast<int>((teams + plan.clusters - 1) / plan.clusters);
+    for (plan.rows = static_cast<int>(std::min<int64_t>(kMostRows, sweep.span.rows())); plan.rows > 0; plan.rows /= 2) {
+        const int64_t teams = (sweep.span.rows() + plan.rows - 1) / plan.rows;
+        plan.clusters = static_cast<int>(std::min<int64_t>(teams, std::max(processors / kLeastBlocks, 1)));
+        plan.groups = static_cast<int>((teams + plan.clusters - 1) / plan.clusters);
+        const int64_t useful = std::min<int64_t>((widths.most + kGridColumns - 1) / kGridColumns, widths.least);
+        plan.cluster = static_cast<int>(std::min<int64_t>(processors / plan.clusters, useful));
+        const GridSizes sizes = Task::sizes(sweep, plan.cluster, true);
+        if (grid_layout(sizes, plan.rows, compiled_rows(plan)).kept <= room) break;
+    }
+    if (plan.rows == 0) return refused("a row is wider than a block's shared memory holds");
     plan.at_once = plan.clusters;
-    const int64_t useful = (widest + kGridWarps - 1) / kGridWarps;
-    plan.cluster = static_cast<int>(std::min<int64_t>(processors / plan.clusters, useful));
-    plan.shared = plan.rows * row;
-    plan.workspace = counter_bytes(plan.clusters) + 2 * sweep.span.rows() * widest * sizeof(float);
+    plan.shared = room;
+    plan.workspace = packet_bytes(plan, widths.most);
     return plan;
 }
 
 template <class Task>
 const char* launch_task(const typename Task::Sweep& sweep, int64_t widest, const CudaSweepPlan& plan,
                         const CudaCall& call) {
-    const auto kernel = sweep_grid_kernel<Task>;
+    const auto kernel = plan.rows == 1 ? sweep_grid_kernel<Task, 1> : sweep_grid_kernel<Task, kMostRows>;
     const auto stream = static_cast<cudaStream_t>(call.stream);
-    const size_t counters = counter_bytes(plan.clusters);
-    char* const workspace = static_cast<char*>(call.workspace);
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(plan.shared));
-    if (status == cudaSuccess) status = cudaMemsetAsync(workspace, 0, counters, stream);
+    const GridSizes sizes = Task::sizes(sweep, plan.cluster, call.half);
+    const size_t wanted = grid_layout(sizes, plan.rows, compiled_rows(plan)).kept + aligned(sizes.kept);
+    const size_t shared = std::min(plan.shared, wanted);
+    cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status == cudaSuccess)
+        status = cudaMemsetAsync(call.workspace, 0, packet_bytes(plan, widest), stream);
     if (status == cudaSuccess) {
         cudaLaunchAttribute together{};
         together.id = cudaLaunchAttributeCooperative;
@@ -58,28 +72,28 @@ const char* launch_task(const typename Task::Sweep& sweep, int64_t widest, const
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(plan.clusters * plan.cluster);
         config.blockDim = dim3(plan.threads);
-        config.dynamicSmemBytes = plan.shared;
+        config.dynamicSmemBytes = shared;
         config.stream = stream;
         config.attrs = &together;
         config.numAttrs = 1;
-        const GridTeams team{plan.rows,    plan.clusters, plan.cluster, reinterpret_cast<unsigned*>(workspace),
-                             reinterpret_cast<float*>(workspace + counters), widest, call.timeout, call.half};
+        const GridTeams team{plan.rows, plan.clusters, plan.cluster, even(widest), static_cast<Packet*>(call.workspace),
+                             shared,    call.timeout,  call.half};
         status = cudaLaunchKernelEx(&config, kernel, sweep, team);
     }
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 template <class Sweep>
-int64_t widest(const Sweep& sweep) {
-    return std::max(sweep.width, sweep.hidden);
+Widths widths(const Sweep& sweep) {
+    return {std::max(sweep.width, sweep.hidden), std::min(sweep.width, sweep.hidden)};
 }
 
 }  // namespace
 
-CudaSweepPlan plan_grid(const ContextForward& sweep) { return plan_task<ContextForwardGrid>(sweep, sweep.width); }
-CudaSweepPlan plan_grid(const ContextAdjoint& sweep) { return plan_task<ContextAdjointGrid>(sweep, sweep.width); }
-CudaSweepPlan plan_grid(const GatedForward& sweep) { return plan_task<GatedForwardGrid>(sweep, widest(sweep)); }
-CudaSweepPlan plan_grid(const GatedAdjoint& sweep) { return plan_task<GatedAdjointGrid>(sweep, widest(sweep)); }
+CudaSweepPlan plan_grid(const ContextForward& sweep) { return plan_task<ContextForwardGrid>(sweep, {sweep.width, sweep.width}); }
+CudaSweepPlan plan_grid(const ContextAdjoint& sweep) { return plan_task<ContextAdjointGrid>(sweep, {sweep.width, sweep.width}); }
+CudaSweepPlan plan_grid(const GatedForward& sweep) { return plan_task<GatedForwardGrid>(sweep, widths(sweep)); }
+CudaSweepPlan plan_grid(const GatedAdjoint& sweep) { return plan_task<GatedAdjointGrid>(sweep, widths(sweep)); }
 
 const char* launch_grid(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
     return launch_task<ContextForwardGrid>(sweep, sweep.width, plan, call);
@@ -88,10 +102,10 @@ const char* launch_grid(const ContextAdjoint& sweep, const CudaSweepPlan& plan, 
     return launch_task<ContextAdjointGrid>(sweep, sweep.width, plan, call);
 }
 const char* launch_grid(const GatedForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<GatedForwardGrid>(sweep, widest(sweep), plan, call);
+    return launch_task<GatedForwardGrid>(sweep, widths(sweep).most, plan, call);
 }
 const char* launch_grid(const GatedAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<GatedAdjointGrid>(sweep, widest(sweep), plan, call);
+    return launch_task<GatedAdjointGrid>(sweep, widths(sweep).most, plan, call);
 }
 
 }  // namespace newllm

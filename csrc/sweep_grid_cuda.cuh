@@ -1,8 +1,11 @@
 // The skeleton of the sweeps that need no clusters: products of a few rows, one after the other, by a team of blocks.
 //
-// A team takes kGridRows rows at most at a time and sweeps all their tokens. In a stage every block has the rows'
-// whole vectors in its shared memory and a warp makes one column of the product at a time; what the next stage reads
-// goes through global memory, and the team meets. W is read from the caches.
+// A team takes up to kRows rows at a time and sweeps all their tokens. Every block makes its share of the columns of
+// each product, with its share of the matrices in shared memory where they fit. In a stage a thread receives the same
+// few columns of every row, makes of them what is multiplied (a layer norm needs a sum over the block for that), takes
+// their part in all of the block's products, and after a second sum over the block some threads make the columns of
+// the next vector and post them to all blocks. Two buffers suffice, because every block has a share of every vector
+// and so nobody can post one before everybody has received the last but one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,161 +13,400 @@
 #include "context_arguments_cuda.cuh"
 #include "context_cell.h"
 #include "cuda_grid.cuh"
+#include "cuda_lanes.cuh"
 
 namespace newllm {
 
-constexpr int kGridRows = 8;
 constexpr int kGridThreads = 256;
 constexpr int kGridWarps = kGridThreads / 32;
 
 struct GridTeams {
     int rows;           // that a team takes at a time
     int teams, blocks;  // teams, and blocks of each
-    unsigned* arrived;  // [teams], zeros at the beginning
-    float* buffers;     // [2, runs, widest], between stages
-    int64_t widest;
+    int stride;         // of a row of packets: the widest vector, made even
+    Packet* packets;    // [teams, 2, rows, stride], zeros at the beginning
+    size_t shared;      // bytes of a block
     int* timeout;
     bool half;          // matrices are bfloat16
 };
 
-template <class Sweep>
+// What a task needs in a block's shared memory, in floats.
+struct GridSizes {
+    int inputs;    // of a row: the widest vector that is multiplied
+    int ahead;     // of a row: what is fetched ahead of its use
+    int columns;   // of a row: the block's columns of the context, at most
+    int products;  // the block's columns of all products, at most
+    int norms;     // layer norms
+    int64_t kept;  // bytes worth keeping beyond that, matrices above all
+};
+
+// Where things lie there, in bytes.
+struct GridLayout {
+    size_t inputs, ahead, columns, centres, sums, products, kept;
+};
+
+__host__ __device__ inline int even(int64_t n) { return static_cast<int>((n + 1) / 2 * 2); }
+__host__ __device__ inline int most(int64_t columns, int blocks) { return int((columns + blocks - 1) / blocks); }
+template <class Number>
+__host__ __device__ inline Number larger(Number a, Number b) {
+    return a < b ? b : a;
+}
+__host__ __device__ inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+__host__ __device__ inline GridLayout grid_layout(const GridSizes& sizes, int rows, int compiled_rows) {
+    GridLayout at{};
+    at.inputs = compiled_rows * sizeof(int64_t);  // after each row's first token
+    at.ahead = aligned(at.inputs + size_t(rows) * sizes.inputs * sizeof(float));
+    at.columns = aligned(at.ahead + size_t(rows) * sizes.ahead * sizeof(float));
+    at.centres = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
+    at.sums = aligned(at.centres + size_t(compiled_rows) * sizes.norms * sizeof(float));
+    at.products = aligned(at.sums + size_t(kGridWarps) * 2 * compiled_rows * sizeof(float));
+    at.kept = aligned(at.products + size_t(2) * kGridWarps * sizes.products * compiled_rows * sizeof(float));
+    return at;
+}
+
+// A block's columns of a vector.
+struct GridShare {
+    int first, count;
+
+    __device__ bool has(int column) const { return unsigned(column - first) < unsigned(count); }
+};
+
+// The block's rows of matrices, in elements: matrix [group], row [output], piece of its row [segment].
+struct GridMatrix {
+    const void* data;
+    int64_t group;
+    int row, segment;
+    bool kept;
+};
+
+template <class Sweep, int kRows>
 struct GridMember {
+    static constexpr int kMostRows = kRows;
+    static constexpr int kChunk = kRows == 1 ? 8 : 32 / kRows;  // products that are summed up together
+
     const Sweep& sweep;
     const GridTeams& team;
-    const int block;  // of the team
-    int64_t first;    // row
-    int count;        // rows
-    unsigned met = 0;
-    bool alive = true;
+    const GridSizes sizes;
+    const GridLayout at;
+    const int block;        // of the team
+    int64_t first = 0;      // row
+    int count = 1;          // rows
+    uint32_t exchange = 1;  // the next
+    bool alive = true;      // no wait was given up; after that nothing is waited for, so that all come to the end
+    char* room;             // of the block's shared memory what is not in use
 
-    __device__ GridMember(const Sweep& sweep, const GridTeams& team)
-        : sweep(sweep), team(team), block(blockIdx.x % team.blocks), first(0), count(0) {}
+    __device__ GridMember(const Sweep& sweep, const GridTeams& team, const GridSizes& sizes)
+        : sweep(sweep),
+          team(team),
+          sizes(sizes),
+          at(grid_layout(sizes, team.rows, kRows)),
+          block(blockIdx.x % team.blocks),
+          room(dynamic_shared() + at.kept) {}
 
-    __device__ void wait() {
-        met += team.blocks;
-        // After a wait that was given up nothing is waited for, so that all come to the end.
-        if (alive) alive = meet(team.arrived + blockIdx.x / team.blocks, met);
-        else __syncthreads();
+    __device__ void take(int64_t row, int rows) {
+        first = row;
+        count = rows;
+        room = dynamic_shared() + at.kept;
+        __syncthreads();
+        if (threadIdx.x < count)
+            reinterpret_cast<int64_t*>(dynamic_shared())[threadIdx.x] = first_token(sweep.span, row + threadIdx.x);
+        __syncthreads();
     }
 
+    __device__ bool exists(int row) const { return kRows == 1 || row < count; }
     // In arrays with one entry a token.
-    __device__ int64_t token(int row, int64_t step) const { return first_token(sweep.span, first + row) + step; }
-    __device__ float* buffer(int turn, int row) const {
-        return team.buffers + (turn * runs(sweep.span) + first + row) * team.widest;
+    __device__ int64_t token(int row, int64_t step) const {
+        return reinterpret_cast<const int64_t*>(dynamic_shared())[row] + step;
     }
-    // Whether this block is the one to write a column that all of them have.
-    __device__ bool writes(int64_t column) const { return column / 32 % team.blocks == block; }
+    __device__ GridShare share(int64_t columns) const {
+        const int begin = int(columns * block / team.blocks), end = int(columns * (block + 1) / team.blocks);
+        return {begin, end - begin};
+    }
 
-    // use(row, column) for all of the rows' columns, by all threads.
+    // A row of the vector that is multiplied; of what was fetched ahead; of the block's columns of the context.
+    __device__ float* input(int row) const { return floats(at.inputs) + row * sizes.inputs; }
+    __device__ float* ahead(int row) const { return floats(at.ahead) + row * sizes.ahead; }
+    __device__ float* column(int row) const { return floats(at.columns) + row * sizes.columns; }
+
+    // use(k) for the columns that are this thread's in every vector of so many.
     template <class Use>
-    __device__ void each(int64_t width, Use use) const {
-        for (int row = 0; row < count; row++)
-            for (int64_t column = threadIdx.x; column < width; column += kGridThreads) use(row, column);
+    __device__ __forceinline__ void each(int width, Use use) const {
+#pragma unroll 1
+        for (int k = 2 * threadIdx.x; k < width; k += 2 * kGridThreads)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (k + i < width) use(k + i);
     }
-
-    // use(row, lane) for each row, by a warp.
+    // use(row, k), likewise.
     template <class Use>
-    __device__ void each_row(Use use) const {
-        __syncthreads();
-        for (int row = threadIdx.x / 32; row < count; row += kGridWarps) use(row, int64_t(threadIdx.x % 32));
-        __syncthreads();
+    __device__ __forceinline__ void each_of_all(int width, Use use) const {
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            if (exists(row)) each(width, [&](int k) { use(row, k); });
     }
 
-    // use(row, column, sums): the products of W's rows column, column + outputs, ... with the row of x [rows, inputs].
-    template <int Products, class Use>
-    __device__ void multiply(const void* weight, int64_t offset, int64_t outputs, int64_t inputs, const float* x,
-                             Use use) const {
-        if (team.half)
-            products<Products>(static_cast<const __nv_bfloat16*>(weight) + offset, outputs, inputs, x, use);
-        else
-            products<Products>(static_cast<const float*>(weight) + offset, outputs, inputs, x, use);
+    // Numbers that every stage reads, from shared memory if there is room.
+    __device__ const float* keep(const float* from, int64_t n) {
+        float* const kept = reinterpret_cast<float*>(reserve(n * sizeof(float)));
+        if (kept == nullptr) return from;
+        for (int64_t i = threadIdx.x; i < n; i += kGridThreads) kept[i] = from[i];
+        __syncthreads();
+        return kept;
+    }
+
+    // The block's rows of matrices [groups, outputs, segments, width], likewise.
+    __device__ GridMatrix keep(const void* from, int64_t groups, int64_t outputs, int segments, int64_t width) {
+        return team.half ? keep_rows(static_cast<const __nv_bfloat16*>(from), groups, outputs, segments, width)
+                         : keep_rows(static_cast<const float*>(from), groups, outputs, segments, width);
+    }
+
+    // To all blocks, for the next exchange.
+    __device__ void post(int row, int column, float value) const { post_packet(slots(row) + column, value, exchange); }
+
+    // The vectors of the next exchange become the inputs, this thread's columns of them.
+    __device__ __forceinline__ void receive(int width) {
+        constexpr int kSteps = kRows == 1 ? 4 : 1, kStep = 2 * kGridThreads;
+        for (int k = 2 * threadIdx.x; k < width; k += kSteps * kStep) {
+            unsigned missing = 0;
+#pragma unroll
+            for (int n = 0; n < kSteps * kRows; n++)
+                if (k + n / kRows * kStep < width && exists(n % kRows)) missing |= 1u << n;
+            const long long since = clock64();
+            while (missing && alive) {
+                PacketPair pair[kSteps * kRows];
+#pragma unroll
+                for (int n = 0; n < kSteps * kRows; n++)
+                    if (missing >> n & 1) pair[n] = read_packets(slots(n % kRows) + k + n / kRows * kStep);
+#pragma unroll
+                for (int n = 0; n < kSteps * kRows; n++) {
+                    const int column = k + n / kRows * kStep;
+                    const bool single = column + 1 == width;
+                    if (!(missing >> n & 1) || !belongs(pair[n].first, exchange)) continue;
+                    if (!single && !belongs(pair[n].second, exchange)) continue;
+                    input(n % kRows)[column] = value_of(pair[n].first);
+                    if (!single) input(n % kRows)[column + 1] = value_of(pair[n].second);
+                    missing &= ~(1u << n);
+                }
+                if (missing) alive = clock64() - since < kPatience;
+            }
+        }
+        exchange++;
+    }
+
+    // Sums over the block's threads.
+    __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
+        constexpr int n = 2 * kRows;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const float part = sum_of_lanes<n>(values, lane);
+        float* const parts = floats(at.sums);
+        if (lane % (32 / n) == 0) parts[warp * n + lane / (32 / n)] = part;
+        __syncthreads();
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) total += parts[w * n + lane % n];
+#pragma unroll
+        for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total, i);
+    }
+
+    // Replaces the inputs x by result(row, k, normed x). Sums and squares are of x less the mean of the last token.
+    template <class Result>
+    __device__ __forceinline__ void normalise(int width, int norm, bool fresh, Result result) const {
+        float* const centres = floats(at.centres) + norm * kRows;
+        float centre[kRows], sums[2 * kRows] = {};
+        if (fresh) __syncthreads();
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            if (exists(row)) centre[row] = fresh ? input(row)[0] : centres[row];
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            if (!exists(row)) continue;
+            each(width, [&](int k) {
+                const float x = input(row)[k] - centre[row];
+                sums[2 * row] += x;
+                sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
+            });
+        }
+        sum(sums);
+        const float part = 1.0f / width;
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            if (!exists(row)) continue;
+            const float mean = sums[2 * row] * part;
+            const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, sums[2 * row + 1] * part), 0.0f) + kLayerNormEps);
+            if (threadIdx.x == 0) centres[row] = centre[row] + mean;
+            each(width, [&](int k) {
+                float& x = input(row)[k];
+                x = result(row, k, (x - centre[row] - mean) * rstd);
+            });
+        }
+    }
+
+    // The inputs x are gradients times a layer norm's weight: result(row, k, gradient of what the layer norm read).
+    template <class Normed, class Result>
+    __device__ __forceinline__ void normalise_gradient(int width, const float (&rstd)[kRows], Normed normed,
+                                                       Result result) const {
+        float sums[2 * kRows] = {};
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            if (!exists(row)) continue;
+            each(width, [&](int k) {
+                sums[2 * row] += input(row)[k];
+                sums[2 * row + 1] = fmaf(input(row)[k], normed(row, k), sums[2 * row + 1]);
+            });
+        }
+        sum(sums);
+        const float part = 1.0f / width;
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            if (!exists(row)) continue;
+            const float mean = sums[2 * row] * part, mean_normed = sums[2 * row + 1] * part;
+            each(width, [&](int k) {
+                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), mean, mean_normed, rstd[row]));
+            });
+        }
+    }
+
+    // Products of the inputs [segments, width] with the block's `outputs` rows in each of the first `groups` matrices
+    // from that group on. finish() has them.
+    __device__ __forceinline__ void multiply(const GridMatrix& matrix, int64_t group, int groups, int outputs,
+                                             int segments, int width) const {
+        if (team.half) {
+            if (matrix.kept) products<__nv_bfloat16, true>(matrix, group, groups, outputs, segments, width);
+            else products<__nv_bfloat16, false>(matrix, group, groups, outputs, segments, width);
+        } else {
+            if (matrix.kept) products<float, true>(matrix, group, groups, outputs, segments, width);
+            else products<float, false>(matrix, group, groups, outputs, segments, width);
+        }
+    }
+
+    // What one of the threads needs for its column in finish(), early: fetch(row, output).
+    template <class Fetch>
+    __device__ __forceinline__ float early(int outputs, Fetch fetch) const {
+        const int row = threadIdx.x % kRows, output = threadIdx.x / kRows;
+        return output < outputs && exists(row) ? fetch(row, output) : 0.0f;
+    }
+
+    // use(row, output, its products with the matrices, fetch(row, output)) by one thread each.
+    template <int kGroups, class Fetch, class Use>
+    __device__ __forceinline__ void finish(int outputs, float early, Fetch fetch, Use use) const {
+        __syncthreads();
+        const float* const parts = product_parts();
+        for (int i = threadIdx.x; i < outputs * kRows; i += kGridThreads) {
+            const int row = i % kRows, output = i / kRows;
+            if (!exists(row)) continue;
+            const float own = i == threadIdx.x ? early : fetch(row, output);
+            float sums[kGroups] = {};
+#pragma unroll
+            for (int w = 0; w < kGridWarps; w++)
+#pragma unroll
+                for (int g = 0; g < kGroups; g++)
+                    sums[g] += parts[w * sizes.products * kRows + g * outputs * kRows + i];
+            use(row, output, sums, own);
+        }
     }
 
   private:
-    static __device__ float number(float x) { return x; }
-    static __device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+    __device__ float* floats(size_t offset) const { return reinterpret_cast<float*>(dynamic_shared() + offset); }
+    // [warp, product, row]; those of one exchange are read while those of the next are written.
+    __device__ float* product_parts() const {
+        return floats(at.products) + exchange % 2 * kGridWarps * sizes.products * kRows;
+    }
+    __device__ Packet* slots(int row) const {
+        const int64_t team_number = blockIdx.x / team.blocks;
+        return team.packets + ((team_number * 2 + exchange % 2) * team.rows + row) * team.stride;
+    }
+    // Null where there is no room.
+    __device__ char* reserve(int64_t bytes) {
+        char* const begin = room;
+        if (begin + aligned(bytes) > dynamic_shared() + team.shared) return nullptr;
+        room += aligned(bytes);
+        return begin;
+    }
 
-    template <int Products, class Value, class Use>
-    __device__ void products(const Value* weight, int64_t outputs, int64_t inputs, const float* x, Use use) const {
-        const int lane = threadIdx.x % 32, warps = team.blocks * kGridWarps;
+    static __device__ __forceinline__ float number(float x) { return x; }
+    static __device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+    static __device__ __forceinline__ float2 pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+    static __device__ __forceinline__ float2 pair(const __nv_bfloat16* x) {
+        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
+    }
+
+    template <class Value>
+    __device__ GridMatrix keep_rows(const Value* from, int64_t groups, int64_t outputs, int segments, int64_t width) {
+        const GridShare own = share(outputs);
+        const int segment = even(width), row = segments * segment;
+        Value* const kept = reinterpret_cast<Value*>(reserve(groups * own.count * row * int64_t(sizeof(Value))));
+        if (kept == nullptr) {
+            const int64_t whole = segments * width;
+            return {from + own.first * whole, outputs * whole, int(whole), int(width), false};
+        }
+        for (int64_t line = threadIdx.x / 32; line < groups * own.count * segments; line += kGridWarps) {
+            const int64_t group = line / (own.count * segments), rest = line % (own.count * segments);
+            const Value* const source = from + ((group * outputs + own.first) * segments + rest) * width;
+            for (int k = threadIdx.x % 32; k < segment; k += 32)
+                kept[line * segment + k] = k < width ? source[k] : Value(0.0f);
+        }
         __syncthreads();
-        for (int64_t column = block * kGridWarps + threadIdx.x / 32; column < outputs; column += warps) {
-            float sums[Products][kGridRows] = {};
-            for (int64_t i = lane; i < inputs; i += 32)
+        return {kept, int64_t(own.count) * row, row, segment, true};
+    }
+
+    template <class Value, bool kKept>
+    __device__ __forceinline__ void products(const GridMatrix& matrix, int64_t group, int groups, int outputs,
+                                             int segments, int width) const {
+        constexpr int n = kChunk * kRows;
+        const int lane = threadIdx.x % 32;
+        float* const parts = product_parts() + threadIdx.x / 32 * sizes.products * kRows;
+        for (int g = 0; g < groups; g++)
+            for (int output = 0; output < outputs; output += kChunk) {
+                const Value* const rows = static_cast<const Value*>(matrix.data) + (group + g) * matrix.group +
+                                          int64_t(output) * matrix.row;
+                float sums[n] = {};
+                for (int segment = 0; segment < segments; segment++)
+#pragma unroll 1
+                    for (int k = 2 * threadIdx.x; k < width; k += 2 * kGridThreads)
+                        add_products<Value, kKept>(rows + segment * matrix.segment + k, matrix.row, outputs - output,
+                                                   segment * even(width) + k, k + 1 < width, sums);
+                const float total = sum_of_lanes<n>(sums, lane);
+                const int value = lane / (32 / n);
+                if (lane % (32 / n) == 0 && output + value / kRows < outputs)
+                    parts[(g * outputs + output) * kRows + value] = total;
+            }
+    }
+
+    template <class Value, bool kKept>
+    __device__ __forceinline__ void add_products(const Value* weight, int apart, int outputs, int k, bool two,
+                                                 float (&sums)[kChunk * kRows]) const {
+        float2 x[kRows];
 #pragma unroll
-                for (int p = 0; p < Products; p++) {
-                    const float w = number(weight[(p * outputs + column) * inputs + i]);
+        for (int row = 0; row < kRows; row++) {
+            x[row] = exists(row) ? pair(input(row) + k) : float2{0.0f, 0.0f};
+            if (!two) x[row].y = 0.0f;
+        }
 #pragma unroll
-                    for (int row = 0; row < kGridRows; row++)
-                        if (row < count) sums[p][row] = fmaf(w, x[row * inputs + i], sums[p][row]);
-                }
-            float own[Products] = {};
+        for (int c = 0; c < kChunk; c++) {
+            if (c >= outputs) break;
+            float2 w;
+            if constexpr (kKept) w = pair(weight + c * apart);
+            else w = {number(weight[c * apart]), two ? number(weight[c * apart + 1]) : 0.0f};
 #pragma unroll
-            for (int p = 0; p < Products; p++)
-#pragma unroll
-                for (int row = 0; row < kGridRows; row++) {
-                    float sum = sums[p][row];
-                    for (int mask = 16; mask; mask >>= 1) sum += __shfl_xor_sync(~0u, sum, mask);
-                    if (row == lane) own[p] = sum;
-                }
-            if (lane < count) use(lane, column, own);
+            for (int row = 0; row < kRows; row++)
+                sums[c * kRows + row] = fmaf(w.y, x[row].y, fmaf(w.x, x[row].x, sums[c * kRows + row]));
         }
     }
 };
 
-__device__ __forceinline__ float sum_warp(float value) {
-    for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
-    return value;
-}
-
-// Replaces rows x [rows, width] by their layer norm.
-template <class Member>
-__device__ void layer_norm_rows(const Member& member, float* x, int64_t width, const float* gain, const float* shift) {
-    member.each_row([&](int row, int64_t lane) {
-        float* const u = x + row * width;
-        float total = 0.0f, squares = 0.0f;
-        for (int64_t i = lane; i < width; i += 32) total += u[i];
-        const float mean = sum_warp(total) / width;
-        for (int64_t i = lane; i < width; i += 32) squares = fmaf(u[i] - mean, u[i] - mean, squares);
-        const float rstd = rsqrtf(sum_warp(squares) / width + kLayerNormEps);
-        for (int64_t i = lane; i < width; i += 32) u[i] = fmaf((u[i] - mean) * rstd, gain[i], shift[i]);
-    });
-}
-
-// Replaces rows x [rows, width] of gradients of a layer norm's result by those of what it read; place(row) counts its
-// entries in `normed` [.., width] and `rstd`.
-template <class Member, class Place>
-__device__ void layer_norm_rows_gradient(const Member& member, float* x, int64_t width, const float* gain,
-                                         const float* normed, const float* rstd, Place place) {
-    member.each_row([&](int row, int64_t lane) {
-        float* const total = x + row * width;
-        const float* const own = normed + place(row) * width;
-        float plain = 0.0f, product = 0.0f;
-        for (int64_t i = lane; i < width; i += 32) {
-            total[i] *= gain[i];
-            plain += total[i];
-            product = fmaf(total[i], own[i], product);
-        }
-        const float mean = sum_warp(plain) / width, mean_normed = sum_warp(product) / width;
-        for (int64_t i = lane; i < width; i += 32)
-            total[i] = layer_norm_gradient(total[i], own[i], mean, mean_normed, rstd[place(row)]);
-    });
-}
-
 // Task: what a team does with its rows, all tokens.
-template <class Task>
+template <class Task, int kRows>
 __global__ void __launch_bounds__(kGridThreads, 1)
     sweep_grid_kernel(const typename Task::Sweep sweep, const GridTeams team) {
-    GridMember<typename Task::Sweep> member(sweep, team);
-    float* const shared = reinterpret_cast<float*>(dynamic_shared());
+    using Sweep = typename Task::Sweep;
+    GridMember<Sweep, kRows> member(sweep, team, Task::sizes(sweep, team.blocks, team.half));
     const int64_t all = runs(sweep.span), apart = int64_t(team.teams) * team.rows;
     for (int64_t first = int64_t(blockIdx.x / team.blocks) * team.rows; first < all; first += apart) {
-        member.first = first;
-        member.count = static_cast<int>(min(int64_t(team.rows), all - first));
-        Task::run(member, shared);
-        member.wait();
+        member.take(first, static_cast<int>(min(int64_t(team.rows), all - first)));
+        Task::run(member);
     }
-    if (!member.alive && threadIdx.x == 0) give_up(team.timeout);
+    if (!member.alive) give_up(team.timeout);
 }
 
 }  // namespace newllm
