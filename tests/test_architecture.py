@@ -28,9 +28,7 @@ LAYERS = (
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 COMPILED = {"kernels", "_C"}
 MAX_LINES = 450
-ROWS_DUE = (
-    *range(1, 86),
-)
+ROWS_DUE = (*range(1, 86),)
 
 
 def room_of(name: str) -> str:
