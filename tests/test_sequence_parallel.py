@@ -14,9 +14,10 @@ from newllm import ops
 from newllm.distributed import layer
 from newllm.distributed.line import Line, line_of
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds, traffic
-from newllm.testing import assert_no_worse
+from newllm.testing import assert_no_worse, assert_rounding, largest
 from newllm.types import InfiniState
 from tests import sequence_ranks as ranks
+from tests.attention_cases import patch_once
 from tests.sequence_ranks import ALONE, CASES, SIZES
 
 WHOLE = (0, SIZES["tokens"])
@@ -190,3 +191,28 @@ def test_a_lost_rank_stops_the_others_in_time(how: str, tmp_path: Path) -> None:
         assert f"sequence parallelism stops: rank {rank} could not exchange" in message
         assert "with rank 1 of its line" in message
         assert seconds < 16
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_kernels_go_on_behind_earlier_keys(
+    rule: str, fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice behind another's keys and memory: the bits of one call, and the reference's gradients."""
+    if fused_device == "cpu":
+        patch_once(monkeypatch)
+    q, k, v = (torch.randn(1, heads, 96, 8, device=fused_device) for heads in (2, 1, 1))
+    beta = torch.tensor([-1.0, 1.0], device=fused_device)
+    options: dict[str, Any] = {"mesh": ALONE, "window": 32, "segment": 32, "rule": rule}
+    whole, state = sequence_attention(q, k, v, beta, backend="fused", **options)
+    _, before = sequence_attention(*(x[:, :, :32] for x in (q, k, v)), beta, backend="fused", **options)
+    found = {}
+    for backend in ("fused", "reference"):
+        parts = [x[:, :, 32:].clone().requires_grad_() for x in (q, k, v)]
+        out, after = sequence_attention(*parts, beta, state=before, backend=backend, **options)
+        found[backend] = [out, after.matrix, *torch.autograd.grad(out.sum(), parts)]
+    assert torch.equal(found["fused"][0], whole[:, :, 32:])
+    assert state.matrix is not None
+    assert torch.equal(found["fused"][1], state.matrix)
+    for out, expected in zip(found["fused"], found["reference"], strict=True):
+        # Sums over a window and a segment, both in float32.
+        assert_rounding(out, expected, additions=64, magnitude=max(1.0, largest(expected)))
