@@ -126,12 +126,15 @@ def test_rows_that_have_ended_are_not_disturbed() -> None:
     model, end = ending_senri(ids)
     rows, more = [ids[0], ids[1, :4], ids[2, :7]], random_tokens(3, 4)
     together = Session(model, batch_size=3)
-    first, second = said(together, rows, 12), said(together, more, 12)
+    first = said(together, rows, 12)
+    kept = together.fork()
+    second = said(together, more, 12)
     assert 2 <= len(first[0]) < 12
     assert max(map(len, first)) > len(first[0])
     for row in range(3):
         alone = Session(model)
         assert said(alone, rows[row], 12) == [first[row]]
+        assert_same_memory(alone, kept, row)
         assert (alone.pending == [end]) == (len(first[row]) < 12)
         assert said(alone, more[row], 12) == [second[row]]
         assert_same_memory(alone, together, row)
