@@ -14,7 +14,7 @@ from newllm.serving.engine import Engine
 from newllm.serving.jobs import Event, Job
 from newllm.serving.protocol import failure, usage
 
-# Seconds after which it is looked whether a silent client is still there.
+# Seconds between two looks whether a client that waits for a whole answer is still there.
 _LOOK = 1.0
 
 
@@ -102,14 +102,16 @@ class Answer:
 
     async def _told(self, gone: Callable[[], Awaitable[bool]] | None = None) -> AsyncGenerator[Event]:
         """Events up to the end. Raises ``Failed``; whoever stops listening cancels the job."""
-        ended = False
+        ended, looked = False, time.monotonic()
         try:
             while not ended:
+                if gone is not None and time.monotonic() - looked > _LOOK:
+                    if await gone():
+                        raise Failed("the client has gone away")
+                    looked = time.monotonic()
                 try:
                     event = await asyncio.wait_for(self._events.get(), _LOOK)
                 except TimeoutError:
-                    if gone is not None and await gone():
-                        raise Failed("the client has gone away") from None
                     continue
                 ended = event.kind in ("done", "failed")
                 if event.kind == "failed":

@@ -21,7 +21,7 @@ from newllm.serving.answers import CHAT, COMPLETION, Answer, Failed, Style
 from newllm.serving.engine import Engine
 from newllm.serving.guard import Guard
 from newllm.serving.jobs import Busy, InUse
-from newllm.serving.metrics import Metrics
+from newllm.serving.metrics import Counting, Metrics
 from newllm.serving.prepare import prepared
 from newllm.serving.protocol import ChatRequest, CompletionRequest, Fork, failure
 
@@ -59,7 +59,7 @@ def make_app(engine: Engine, name: str, limits: Limits) -> FastAPI:
 
     app = FastAPI(title="newllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _guard(app, limits)
-    _count(app, metrics)
+    app.add_middleware(Counting, metrics=metrics)
     _explain_errors(app)
     _add_answers(app, engine, name, limits)
     _add_sessions(app, engine)
@@ -72,20 +72,6 @@ def _guard(app: FastAPI, limits: Limits) -> None:
     if limits.loopback:
         # A web page elsewhere may let its own name point to this machine.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK)
-
-
-def _count(app: FastAPI, metrics: Metrics) -> None:
-    @app.middleware("http")
-    async def count(
-        request: HttpRequest, call_next: Callable[[HttpRequest], Awaitable[Response]]
-    ) -> Response:
-        started = time.perf_counter()
-        response = await call_next(request)
-        route = request.scope.get("route")
-        path = "unknown" if route is None else route.path
-        metrics.requests.labels(path, response.status_code).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - started)
-        return response
 
 
 def _explain_errors(app: FastAPI) -> None:
