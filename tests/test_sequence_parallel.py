@@ -117,7 +117,6 @@ def test_slices_are_as_even_as_whole_segments_allow() -> None:
         (lambda: slice_bounds(16, 0, segment=4, window=8), "ranks must be at least 1, got 0"),
         (lambda: line_of("sequence"), "mesh must be a DeviceMesh or a ProcessGroup, got str"),  # type: ignore[arg-type]
     ],
-    ids=str,
 )
 def test_wrong_choices_are_named(call: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
