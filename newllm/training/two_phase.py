@@ -102,6 +102,16 @@ def _blocks(model: Any) -> list[Any]:
     return list(body.context_blocks) if hasattr(body, "context_blocks") else [body.context_block]
 
 
+def _finished(keep: PhaseCheckpoints | None, stage: str, name: str, module: Any) -> dict[str, Any] | None:
+    """The report of a stage that an earlier run has finished, with ``module`` as it was then."""
+    held = None if keep is None else keep.result(stage)
+    if held is None:
+        return None
+    module.load_state_dict(held[name])
+    report: dict[str, Any] = held["report"]
+    return report
+
+
 def _contexts(
     model: Any,
     number: int,
@@ -113,10 +123,8 @@ def _contexts(
 ) -> dict[str, Any]:
     """Phase 1 of one block."""
     block, stage = _blocks(model)[number], f"contexts {number}"
-    held = None if keep is None else keep.result(stage)
-    if held is not None:
-        block.load_state_dict(held["block"])
-        report: dict[str, Any] = held["report"]
+    report = _finished(keep, stage, "block", block)
+    if report is not None:
         return report
     state = None if keep is None else keep.begin(stage)
     began = time.perf_counter()
@@ -155,10 +163,8 @@ def _tokens(
 ) -> dict[str, Any]:
     """Ranks, caches and phase 2."""
     stage = f"tokens of {name}"
-    held = None if keep is None else keep.result(stage)
-    if held is not None:
-        model.load_state_dict(held["model"])
-        report: dict[str, Any] = held["report"]
+    report = _finished(keep, stage, "model", model)
+    if report is not None:
         return report
     state = None if keep is None else keep.begin(stage)
     began = time.perf_counter()
