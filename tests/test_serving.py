@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-import httpx
+import httpx2
 import openai
 from openai import OpenAI
 
@@ -291,9 +291,9 @@ def test_claims_are_given_back(tmp_path: Path) -> None:
 
 
 def test_machines_can_ask_how_it_is(served: Served, client: OpenAI) -> None:
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{served.url}/health").json() == {"status": "ok"}
     client.completions.create(prompt="Hello", max_tokens=3, **GREEDY)
-    text = httpx.get(f"{served.url}/metrics").text
+    text = httpx2.get(f"{served.url}/metrics").text
     assert 'newllm_requests_total{path="/v1/completions",status="200"}' in text
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[:7] == "newllm_"}
     assert values["newllm_tokens_written_total"] == served.engine.counts.tokens_written > 0

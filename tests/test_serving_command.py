@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-import httpx
+import httpx2
 from openai import OpenAI
 from source_tree import ROOT
 
@@ -57,9 +57,9 @@ def wait_for(server: subprocess.Popen[bytes], url: str) -> None:
     while True:
         assert server.poll() is None and time.monotonic() < end, "the server did not start"
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx2.get(f"{url}/health").status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             time.sleep(0.1)
 
 

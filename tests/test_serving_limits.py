@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-import httpx
+import httpx2
 import openai
 
 from newllm.serving.app import Limits
@@ -69,7 +69,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_bad_requests_are_told_what_is_wrong(
     served: Served, route: str, body: dict[str, Any], status: int, message: str
 ) -> None:
-    answer = httpx.post(f"{served.url}/v1/{route}", json=body)
+    answer = httpx2.post(f"{served.url}/v1/{route}", json=body)
     assert answer.status_code == status
     assert answer.json()["error"]["message"].startswith(message)
 
@@ -82,7 +82,7 @@ def test_openai_s_client_raises_its_own_errors(served: Served) -> None:
         client.completions.create(model="gpt", prompt="a")
     text = b"this is no JSON"
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{client.base_url}completions", content=text, headers=headers)
+    answer = httpx2.post(f"{client.base_url}completions", content=text, headers=headers)
     assert answer.status_code == 400
 
 
@@ -98,7 +98,7 @@ def test_only_those_with_the_key_are_answered(tmp_path: Path) -> None:
             ("/v1/models", 401),
             ("/x", 401),
         ):
-            assert httpx.get(server.url + path).status_code == status
+            assert httpx2.get(server.url + path).status_code == status
 
 
 def test_bodies_are_bounded(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_bodies_are_bounded(tmp_path: Path) -> None:
             (endless(), 413, "the body must have at most 1000 bytes"),
             (slow(), 408, "the body must arrive within 0.3 seconds"),
         ):
-            answer = httpx.post(url, content=content, headers=headers)
+            answer = httpx2.post(url, content=content, headers=headers)
             assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)
 
 
@@ -160,5 +160,5 @@ def test_too_many_are_sent_away(tmp_path: Path) -> None:
 
 
 def test_names_of_other_machines_are_refused(served: Served) -> None:
-    answer = httpx.get(f"{served.url}/v1/models", headers={"host": "elsewhere.example"})
+    answer = httpx2.get(f"{served.url}/v1/models", headers={"host": "elsewhere.example"})
     assert answer.status_code == 400
