@@ -72,7 +72,8 @@ def test_without_a_compiler_the_installation_is_pure(tree: Path) -> None:
 
 @built
 def test_a_failure_of_our_own_sources_is_an_error_with_its_log(tree: Path) -> None:
-    (tree / "csrc" / "cpu_dispatch.cpp").write_text("int broken = nonsense;\n")
+    # All sources include it, so that the first of them fails at once.
+    (tree / "csrc" / "context_sweep.h").write_text("int broken = nonsense;\n")
     done = build(tree)
     assert done.returncode != 0
     assert "newllm._C does not compile" in done.stderr

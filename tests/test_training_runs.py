@@ -219,7 +219,12 @@ def test_row_64_half_precision(tmp_path: Path) -> None:
         trainer(tmp_path / "fsdp", replace(CONFIG, fsdp=True))
 
 
-def test_compiled_training_learns_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_learns_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: compile_with(m, **{**kw, "backend": backend}))
     config = replace(CONFIG, steps=4, log_steps=1, save_steps=0)
     for name, compiled in (("plain", False), ("compiled", True)):
         trainer(tmp_path / name, replace(config, compile=compiled)).fit()
