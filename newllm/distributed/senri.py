@@ -29,9 +29,19 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
     checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
     for attention in layers:
+        refused = {
+            "a write gate": getattr(attention.memory_feature, "write", None),
+            "decay": attention.memory_decay,
+            "a short convolution": attention.short_conv,
+        }
+        own = ", ".join(name for name, part in refused.items() if part is not None)
+        checks.require(
+            not own, "model", own, "without write gate, decay and short convolution over several ranks"
+        )
         attention.attend = partial(_attend, mesh=line)
     for module in model.modules():
         if isinstance(module, SenriModel):
+            checks.require(not module.config.share_memory, "share_memory", True, "False over several ranks")
             module.sliced = True
     return model
 
