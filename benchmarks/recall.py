@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a
 model lies there, and appends rows to ``benchmarks/results/recall.jsonl`` but for cells that it has already.
-``--ablate`` does so with each part of the recipe taken away in turn, ``--symbols NAME`` with a task over
+``--ablate`` does so with each part of the recipe changed in turn, ``--symbols NAME`` with a task over
 symbols (``newllm/configs/symbols-NAME.yaml``). A GPU machine needs nothing but torch, transformers and this
 checkout.
 """
@@ -48,13 +48,17 @@ ABLATIONS: dict[str, list[str]] = {
     "sigmoid-gates": ["model.gate=sigmoid"],
     "delta": ["model.rule=delta", "task.dilution=1"],
     "gamma-dpfp": ["model.rule=gamma", "model.feature=dpfp", "task.dilution=1"],
+    "write-gate": ["model.write_gate=true"],
+    "short-convolution": ["model.short_conv=4"],
+    "decay": ["model.memory_decay=0.999", "task.dilution=1"],
+    "shared-memory": ["model.share_memory=true", "task.dilution=1"],
     "public-recipe": [
         "train.lr=3.0e-4", "train.memory_multiplier=1.0", "model.gate=sigmoid", "model.feature_scale=1.0",
         "model.feature_bias=0.0", "task.lengths=[4096]", "task.dilution=1", "task.edge=0.0",
         "task.straddle=0.0", "task.near=0.0", "task.shift=false",
     ],
 }  # fmt: skip
-"""The recipe without one of its parts; ``public-recipe`` has none."""
+"""The recipe without one of its parts, or with one more; ``public-recipe`` has none."""
 
 
 def options_from(kind: Any, values: dict[str, Any]) -> Any:
@@ -107,8 +111,8 @@ def suites(model: Any, folder: Path, args: argparse.Namespace) -> list[Suite]:
     ]
 
 
-def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
-    """Every suite at every length, at first also with emptied memories."""
+def evaluate(name: str, args: argparse.Namespace, seconds: float, variant: str) -> list[Row]:
+    """Every suite at every length, at first also with emptied memories; ``variant`` names an ablation."""
     device = training_device()
     folder = args.out / name / "last"
     model = load_senri(folder).to(device).eval()
@@ -118,13 +122,16 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
         "seconds_trained": round(seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
+    if variant:
+        trained = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
+        facts |= {"variant": variant, "steps": trained["train"]["steps"]}
     rows, found = RowFile(args.rows), []
     made = suites(model, folder, args)
     plan = [(suite, length, "on") for length in args.lengths for suite in made]
     plan[len(made) : len(made)] = [(suite, args.lengths[0], "zeroed") for suite in made]
     for suite, length, memory in plan:
         answerer = model_answers(model, before_answer=zero_memories if memory == "zeroed" else None)
-        for depth in args.depths:
+        for depth in args.depths if suite.placed else (None,):
             if time.monotonic() > args.began + args.seconds:
                 print(f"out of time before {suite.name} of {length} tokens, depth {depth}", flush=True)
                 return found
@@ -143,15 +150,15 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
 def _line(row: Row) -> str:
     low, high = row["ci95"]
     return (
-        f"{row['suite']:15} {row['memory']:6} {row['length']:>9} depth {row['depth']:<5} {row['score']:.3f} "
-        f"[{low:.3f}, {high:.3f}] of {row['samples']},"
+        f"{row['suite']:15} {row['memory']:6} {row['length']:>9} depth {row['depth']!s:<5} "
+        f"{row['score']:.3f} [{low:.3f}, {high:.3f}] of {row['samples']},"
     )
 
 
 def table(rows: list[Row]) -> str:
     """Scores, lengths downwards and depths to the right."""
-    depths = sorted({row["depth"] for row in rows})
-    lines = [f"{'suite':16}{'memory':8}{'length':>10}" + "".join(f"{depth:>8}" for depth in depths)]
+    depths = list(dict.fromkeys(row["depth"] for row in rows))
+    lines = [f"{'suite':16}{'memory':8}{'length':>10}" + "".join(f"{depth!s:>8}" for depth in depths)]
     for key in dict.fromkeys((row["suite"], row["memory"], row["length"]) for row in rows):
         own = [row for row in rows if (row["suite"], row["memory"], row["length"]) == key]
         cells = {row["depth"]: f"{row['score']:>8.3f}" for row in own}
@@ -192,14 +199,12 @@ def main() -> None:
         places = {"out": str(args.out / name), "rows": str(args.rows)}
         run_symbols(options_from(SymbolOptions, {**values, **places}))
         return
-    variants = (
-        {"": []} if args.ablate is None else {f"-{key}": ABLATIONS[key] for key in args.ablate or ABLATIONS}
-    )
-    for suffix, changes in variants.items():
-        name = f"recall-{args.preset}{suffix}-{args.seed}"
+    variants = {"": []} if args.ablate is None else {key: ABLATIONS[key] for key in args.ablate or ABLATIONS}
+    for variant, changes in variants.items():
+        name = "-".join(filter(None, ("recall", args.preset, variant, str(args.seed))))
         seconds = train(name, args, changes)
         print(f"{name}: trained in {seconds:.1f} s", flush=True)
-        print(table(evaluate(name, args, seconds)), flush=True)
+        print(table(evaluate(name, args, seconds, variant)), flush=True)
 
 
 if __name__ == "__main__":
