@@ -3,8 +3,8 @@
 ``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a
 model lies there, and appends rows to ``benchmarks/results/recall.jsonl`` but for cells that it has already.
 ``--ablate`` does so with each part of the recipe changed in turn, ``--symbols NAME`` with a task over
-symbols (``newllm/configs/symbols-NAME.yaml``). A GPU machine needs nothing but torch, transformers and this
-checkout.
+symbols (``newllm/configs/symbols-NAME.yaml``); ``--preset mqar`` both of its sizes, ``--peer deltanet`` the
+peer of equal state. A GPU machine needs nothing but torch, transformers and this checkout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 import torch
 import yaml
 
+from benchmarks.deltanet import with_deltanet
 from newllm.backend import training_device
 from newllm.cli.presets import preset_path
 from newllm.cli.train import RecallOptions, run_senri
@@ -33,6 +34,7 @@ from newllm.models.files import load_senri, load_tokenizer
 from newllm.runs import commit
 from newllm.training.assemble import passkey_task, read_corpus
 from newllm.training.config import SourceConfig
+from newllm.training.symbols import state_bytes
 
 ABLATIONS: dict[str, list[str]] = {
     "whole": [],
@@ -59,6 +61,8 @@ ABLATIONS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 """The recipe without one of its parts, or with one more; ``public-recipe`` has none."""
+SYMBOLS = {"mqar": ("mqar64", "mqar256")}
+"""Names of several tasks over symbols."""
 
 
 def options_from(kind: Any, values: dict[str, Any]) -> Any:
@@ -167,11 +171,31 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def symbols(name: str, args: argparse.Namespace) -> None:
+    """Train on symbols and test, unless the rows have it all; ``--peer`` takes its layers."""
+    values = preset(name, "train symbols", [*args.set, f"train.seed={args.seed}"])
+    label = "-".join(filter(None, (name, args.peer, str(args.seed))))
+    places = {"out": str(args.out / label), "rows": str(args.rows), "name": label}
+    options = options_from(SymbolOptions, {**values, **places})
+    known = {row["length"] for row in RowFile(args.rows).rows if str(row["model"]).startswith(label)}
+    if known >= set(options.tests):
+        print(f"{label}: measured before")
+        return
+
+    def exchange(model: Any) -> tuple[Any, str, int]:
+        changed, whose, size = with_deltanet(model, state_bytes(model) // model.config.num_hidden_layers)
+        print(f"{label}: DeltaNet of {whose}, {size:,} bytes of state", flush=True)
+        return changed, f"{label} ({whose})", size
+
+    run_symbols(options, exchange if args.peer else None)
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="million")
     parser.add_argument("--symbols", help="a task over symbols in place of --preset")
+    parser.add_argument("--peer", choices=["deltanet"], help="its layers in the place of Senri's attention")
     parser.add_argument("--ablate", nargs="*", help=f"all or some of {', '.join(ABLATIONS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -193,11 +217,9 @@ def main() -> None:
     args.began = time.monotonic()
     # Drawing a batch takes 3 ms on one thread; many threads only wait for each other.
     torch.set_num_threads(1)
-    if args.symbols:
-        name = f"{args.symbols}-{args.seed}"
-        values = preset(args.symbols, "train symbols", [*args.set, f"train.seed={args.seed}"])
-        places = {"out": str(args.out / name), "rows": str(args.rows)}
-        run_symbols(options_from(SymbolOptions, {**values, **places}))
+    for name in SYMBOLS.get(args.preset, (args.symbols,) if args.symbols else ()):
+        symbols(name, args)
+    if args.symbols or args.preset in SYMBOLS:
         return
     variants = {"": []} if args.ablate is None else {key: ABLATIONS[key] for key in args.ablate or ABLATIONS}
     for variant, changes in variants.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,17 +55,25 @@ class SymbolOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def run(options: SymbolOptions) -> int | None:
-    """Train, test, print."""
+def run(options: SymbolOptions, exchange: Callable[[Any], tuple[Any, str, int]] | None = None) -> int | None:
+    """Train, test, print.
+
+    ``exchange`` may put another model in the place of the one that ``options`` describe: itself, its name in
+    the rows, and bytes of its state.
+    """
     from newllm.backend import training_device
     from newllm.evaluation.recall import interval
     from newllm.evaluation.rows import RowFile, weights_digest
     from newllm.runs import Run, commit
-    from newllm.training.symbols import SymbolBatches, accuracy
+    from newllm.training.symbols import SymbolBatches, accuracy, state_bytes
     from newllm.training.trainer import LanguageTrainer
 
     tasks, tests = ([_task(options, size) for size in sizes] for sizes in (options.sizes, options.tests))
-    model = _model(options, max(task.vocabulary for task in (*tasks, *tests))).to(training_device())
+    model = _model(options, max(task.vocabulary for task in (*tasks, *tests)))
+    name, size = options.name or " ".join(filter(None, (options.cell, _rule(options)))), state_bytes(model)
+    if exchange is not None:
+        model, name, size = exchange(model)
+    model = model.to(training_device())
     record = Run(options.out, asdict(options), seed=options.train.seed)
     config = options.train
     batches = SymbolBatches(tasks, rows=options.rows_per_step, steps=config.steps, seed=config.seed)
@@ -73,8 +82,8 @@ def run(options: SymbolOptions) -> int | None:
     if trainer.interrupted:
         return 128 + trainer.interrupted
     facts = {
-        "model": options.name or " ".join(filter(None, (options.cell, _rule(options)))),
-        "weights": weights_digest(model), "memory": "on", "depth": None,
+        "model": name, "weights": weights_digest(model), "memory": "on", "depth": None,
+        "state_bytes": size, "steps": config.steps, "device": str(model.device.type),
         "seed": config.seed, "commit": commit(),
     }  # fmt: skip
     rows = RowFile(options.rows)
