@@ -50,6 +50,7 @@ ABLATIONS: dict[str, list[str]] = {
     "sigmoid-gates": ["model.gate=sigmoid"],
     "delta": ["model.rule=delta", "task.dilution=1"],
     "gamma-dpfp": ["model.rule=gamma", "model.feature=dpfp", "task.dilution=1"],
+    "sharper-features": ["model.feature_scale=8.0", "model.feature_bias=-8.0"],
     "write-gate": ["model.write_gate=true"],
     "short-convolution": ["model.short_conv=4"],
     "decay": ["model.memory_decay=0.999", "task.dilution=1"],

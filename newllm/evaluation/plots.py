@@ -88,7 +88,7 @@ def capacity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row["memory"] for row in rows))
     for number, name in enumerate(names):
@@ -108,7 +108,7 @@ def capacity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_ylabel("share found again")
     axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small", ncols=1 + len(names) // 10)
+    figure.legend(loc="outside right upper", fontsize="small", ncols=1 + len(names) // 16)
     return figure
 
 
