@@ -178,7 +178,7 @@ def symbols(name: str, args: argparse.Namespace) -> None:
     label = "-".join(filter(None, (name, args.peer, str(args.seed))))
     places = {"out": str(args.out / label), "rows": str(args.rows), "name": label}
     options = options_from(SymbolOptions, {**values, **places})
-    known = {row["length"] for row in RowFile(args.rows).rows if str(row["model"]).startswith(label)}
+    known = {row["length"] for row in RowFile(args.rows).rows if row["model"].partition(" ")[0] == label}
     if known >= set(options.tests):
         print(f"{label}: measured before")
         return

@@ -64,11 +64,17 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
 
 
 def test_eval_report_writes_page_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps(CELL) + "\n")
+    pairs = {**CELL, "suite": "capacity", "model": "untrained", "depth": None, "width": 8, "state_bytes": 288}
+    variant = {**CELL, "variant": "delta", "suite": "passkey_border"}
+    rows = "".join(f"{json.dumps(row)}\n" for row in (CELL, pairs, variant))
+    (tmp_path / "rows.jsonl").write_text(rows)
     words = ["eval", "report", "--out", str(tmp_path / "docs" / "recall.md"), "--rows"]
     assert main([*words, f"[{tmp_path / 'rows.jsonl'}]"]) == 0
     assert "(recall-passkey.png)" in (tmp_path / "docs" / "recall.md").read_text()
-    assert (tmp_path / "docs" / "recall-passkey.png").read_bytes()[1:4] == b"PNG"
+    # A variant of the recipe has a line in a table, no picture.
+    drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
+    assert drawn == {"recall-passkey.png", "recall-capacity.png"}
+    assert all((tmp_path / "docs" / name).read_bytes()[1:4] == b"PNG" for name in drawn)
     assert main([*words, "[none.jsonl]"]) == 2
     assert "rows must name at least one file that exists" in capsys.readouterr().err
 

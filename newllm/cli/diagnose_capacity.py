@@ -38,6 +38,7 @@ def run(options: CapacityOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from newllm.backend import version_of
     from newllm.cli.loading import load
     from newllm.evaluation.capacity import UNTRAINED, measure_capacity, trained
     from newllm.evaluation.plots import capacity_figure
@@ -50,7 +51,10 @@ def run(options: CapacityOptions) -> None:
         model, _ = load(options.model, dtype="float32", device="cpu")
         kinds, width = trained(model), int(model.config.head_dim)
     rows = RowFile(options.rows)
-    facts = {"model": options.model or "untrained", "commit": commit()}
+    facts = {
+        "model": options.model or "untrained", "device": "cpu", "torch": version_of("torch"),
+        "commit": commit(),
+    }  # fmt: skip
     found = measure_capacity(
         kinds, options.pairs, width=width, trials=options.trials, seed=options.seed,
         facts=facts, on_row=rows.append,

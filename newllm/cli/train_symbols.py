@@ -61,7 +61,7 @@ def run(options: SymbolOptions, exchange: Callable[[Any], tuple[Any, str, int]] 
     ``exchange`` may put another model in the place of the one that ``options`` describe: itself, its name in
     the rows, and bytes of its state.
     """
-    from newllm.backend import training_device
+    from newllm.backend import training_device, version_of
     from newllm.evaluation.recall import interval
     from newllm.evaluation.rows import RowFile, weights_digest
     from newllm.runs import Run, commit
@@ -83,7 +83,7 @@ def run(options: SymbolOptions, exchange: Callable[[Any], tuple[Any, str, int]] 
         return 128 + trainer.interrupted
     facts = {
         "model": name, "weights": weights_digest(model), "memory": "on", "depth": None,
-        "state_bytes": size, "steps": config.steps, "device": str(model.device.type),
+        "state_bytes": size, "steps": config.steps, "device": model.device.type, "torch": version_of("torch"),
         "seed": config.seed, "commit": commit(),
     }  # fmt: skip
     rows = RowFile(options.rows)
