@@ -13,6 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 from newllm import FeatureMap, Session, convert, ops
 from newllm.data.tokenizer import byte_tokenizer
+from newllm.distributed.line import Line
+from newllm.distributed.senri import parallelize
 from newllm.evaluation.control import remove_memories, zero_memories
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules.short_conv import ShortConvolution
@@ -287,6 +289,18 @@ def test_shared_memory_and_its_controls() -> None:
         SenriConfig(share_memory=True, rule="delta")
     remove_memories(model)
     assert all(layer.state.matrix is None for layer in model(ids).past_key_values.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("write_gate", True), ("memory_decay", 0.9), ("short_conv", 3), ("share_memory", True)],
+)
+def test_slices_over_ranks_refuse_what_they_lack(name: str, value: object) -> None:
+    model = tiny_senri(**{name: value})
+    before = [layer.self_attn.attend for layer in model.model.layers]
+    with pytest.raises(ValueError, match=f"{name} must be (off|False) over several ranks, got (one|True)"):
+        parallelize(model, Line("alone", 0, 1))
+    assert [layer.self_attn.attend for layer in model.model.layers] == before
 
 
 def test_own_parameters_learn_with_the_memory_s() -> None:

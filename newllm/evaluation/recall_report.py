@@ -24,6 +24,8 @@ What models with a memory recall from far beyond their window. Every figure come
 * **Borders.** `passkey_border` puts each key across the border of a segment, cut in every way in turn.
 * **Controls.** `zeroed` empties the memories just before the answer, `window` takes them out; readers of
   the whole prompt (`oracle`) and of its question (`blind`) prove the suites (`tests/test_recall_suites.py`).
+* **Counts of words.** `cwe` and `fwe` ask for what is frequent all over the prompt, so they have no depth;
+  the answer is written freely, up to twice its tokens, and searched for each word, as RULER scores it.
 * **Seeds.** A prompt depends on its suite, seed, length, depth and number alone: all models see the same.
   Filler is the validation documents of the text, which no training reads.
 * **Intervals.** In brackets: the 95 % interval of the cell, Wilson's where each answer is right or wrong.
