@@ -188,7 +188,7 @@ def symbols(name: str, args: argparse.Namespace) -> None:
         print(f"{label}: DeltaNet of {whose}, {size:,} bytes of state", flush=True)
         return changed, f"{label} ({whose})", size
 
-    run_symbols(options, exchange if args.peer else None)
+    run_symbols(options, exchange if args.peer else None, args.commit)
 
 
 def parsed() -> argparse.Namespace:

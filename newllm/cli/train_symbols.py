@@ -55,12 +55,18 @@ class SymbolOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def run(options: SymbolOptions, exchange: Callable[[Any], tuple[Any, str, int]] | None = None) -> int | None:
+def run(
+    options: SymbolOptions,
+    exchange: Callable[[Any], tuple[Any, str, int]] | None = None,
+    head: str | None = None,
+) -> int | None:
     """Train, test, print.
 
     ``exchange`` may put another model in the place of the one that ``options`` describe: itself, its name in
-    the rows, and bytes of its state.
+    the rows, and bytes of its state. ``head`` is the commit of a checkout without its history.
     """
+    import torch
+
     from newllm.backend import training_device, version_of
     from newllm.evaluation.recall import interval
     from newllm.evaluation.rows import RowFile, weights_digest
@@ -81,10 +87,11 @@ def run(options: SymbolOptions, exchange: Callable[[Any], tuple[Any, str, int]] 
     trainer.fit()
     if trainer.interrupted:
         return 128 + trainer.interrupted
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     facts = {
         "model": name, "weights": weights_digest(model), "memory": "on", "depth": None,
-        "state_bytes": size, "steps": config.steps, "device": model.device.type, "torch": version_of("torch"),
-        "seed": config.seed, "commit": commit(),
+        "state_bytes": size, "steps": config.steps, "device": device, "torch": version_of("torch"),
+        "seed": config.seed, "commit": head or commit(),
     }  # fmt: skip
     rows = RowFile(options.rows)
     for size, test in zip(options.tests, tests, strict=True):
