@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.recall --preset million --seed 0`` trains into ``runs/recall-million-0`` unless a
 model lies there, and appends rows to ``benchmarks/results/recall.jsonl`` but for cells that it has already.
-``--ablate`` does so with each part of the recipe taken away in turn, ``--symbols NAME`` with a task over
-symbols (``newllm/configs/symbols-NAME.yaml``). A GPU machine needs nothing but torch, transformers and this
-checkout.
+``--ablate`` does so with each part of the recipe changed in turn, ``--symbols NAME`` with a task over
+symbols (``newllm/configs/symbols-NAME.yaml``); ``--preset mqar`` both of its sizes, ``--peer deltanet`` the
+peer of equal state. A GPU machine needs nothing but torch, transformers and this checkout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 import torch
 import yaml
 
+from benchmarks.deltanet import with_deltanet
 from newllm.backend import training_device
 from newllm.cli.presets import preset_path
 from newllm.cli.train import RecallOptions, run_senri
@@ -33,6 +34,7 @@ from newllm.models.files import load_senri, load_tokenizer
 from newllm.runs import commit
 from newllm.training.assemble import passkey_task, read_corpus
 from newllm.training.config import SourceConfig
+from newllm.training.symbols import state_bytes
 
 ABLATIONS: dict[str, list[str]] = {
     "whole": [],
@@ -48,13 +50,20 @@ ABLATIONS: dict[str, list[str]] = {
     "sigmoid-gates": ["model.gate=sigmoid"],
     "delta": ["model.rule=delta", "task.dilution=1"],
     "gamma-dpfp": ["model.rule=gamma", "model.feature=dpfp", "task.dilution=1"],
+    "sharper-features": ["model.feature_scale=8.0", "model.feature_bias=-8.0"],
+    "write-gate": ["model.write_gate=true"],
+    "short-convolution": ["model.short_conv=4"],
+    "decay": ["model.memory_decay=0.999", "task.dilution=1"],
+    "shared-memory": ["model.share_memory=true", "task.dilution=1"],
     "public-recipe": [
         "train.lr=3.0e-4", "train.memory_multiplier=1.0", "model.gate=sigmoid", "model.feature_scale=1.0",
         "model.feature_bias=0.0", "task.lengths=[4096]", "task.dilution=1", "task.edge=0.0",
         "task.straddle=0.0", "task.near=0.0", "task.shift=false",
     ],
 }  # fmt: skip
-"""The recipe without one of its parts; ``public-recipe`` has none."""
+"""The recipe without one of its parts, or with one more; ``public-recipe`` has none."""
+SYMBOLS = {"mqar": ("mqar64", "mqar256")}
+"""Names of several tasks over symbols."""
 
 
 def options_from(kind: Any, values: dict[str, Any]) -> Any:
@@ -107,8 +116,8 @@ def suites(model: Any, folder: Path, args: argparse.Namespace) -> list[Suite]:
     ]
 
 
-def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
-    """Every suite at every length, at first also with emptied memories."""
+def evaluate(name: str, args: argparse.Namespace, seconds: float, variant: str) -> list[Row]:
+    """Every suite at every length, at first also with emptied memories; ``variant`` names an ablation."""
     device = training_device()
     folder = args.out / name / "last"
     model = load_senri(folder).to(device).eval()
@@ -118,13 +127,16 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
         "seconds_trained": round(seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
+    if variant:
+        trained = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
+        facts |= {"variant": variant, "steps": trained["train"]["steps"]}
     rows, found = RowFile(args.rows), []
     made = suites(model, folder, args)
     plan = [(suite, length, "on") for length in args.lengths for suite in made]
     plan[len(made) : len(made)] = [(suite, args.lengths[0], "zeroed") for suite in made]
     for suite, length, memory in plan:
         answerer = model_answers(model, before_answer=zero_memories if memory == "zeroed" else None)
-        for depth in args.depths:
+        for depth in args.depths if suite.placed else (None,):
             if time.monotonic() > args.began + args.seconds:
                 print(f"out of time before {suite.name} of {length} tokens, depth {depth}", flush=True)
                 return found
@@ -143,15 +155,15 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float) -> list[Row]:
 def _line(row: Row) -> str:
     low, high = row["ci95"]
     return (
-        f"{row['suite']:15} {row['memory']:6} {row['length']:>9} depth {row['depth']:<5} {row['score']:.3f} "
-        f"[{low:.3f}, {high:.3f}] of {row['samples']},"
+        f"{row['suite']:15} {row['memory']:6} {row['length']:>9} depth {row['depth']!s:<5} "
+        f"{row['score']:.3f} [{low:.3f}, {high:.3f}] of {row['samples']},"
     )
 
 
 def table(rows: list[Row]) -> str:
     """Scores, lengths downwards and depths to the right."""
-    depths = sorted({row["depth"] for row in rows})
-    lines = [f"{'suite':16}{'memory':8}{'length':>10}" + "".join(f"{depth:>8}" for depth in depths)]
+    depths = list(dict.fromkeys(row["depth"] for row in rows))
+    lines = [f"{'suite':16}{'memory':8}{'length':>10}" + "".join(f"{depth!s:>8}" for depth in depths)]
     for key in dict.fromkeys((row["suite"], row["memory"], row["length"]) for row in rows):
         own = [row for row in rows if (row["suite"], row["memory"], row["length"]) == key]
         cells = {row["depth"]: f"{row['score']:>8.3f}" for row in own}
@@ -160,11 +172,31 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def symbols(name: str, args: argparse.Namespace) -> None:
+    """Train on symbols and test, unless the rows have it all; ``--peer`` takes its layers."""
+    values = preset(name, "train symbols", [*args.set, f"train.seed={args.seed}"])
+    label = "-".join(filter(None, (name, args.peer, str(args.seed))))
+    places = {"out": str(args.out / label), "rows": str(args.rows), "name": label}
+    options = options_from(SymbolOptions, {**values, **places})
+    known = {row["length"] for row in RowFile(args.rows).rows if row["model"].partition(" ")[0] == label}
+    if known >= set(options.tests):
+        print(f"{label}: measured before")
+        return
+
+    def exchange(model: Any) -> tuple[Any, str, int]:
+        changed, whose, size = with_deltanet(model, state_bytes(model) // model.config.num_hidden_layers)
+        print(f"{label}: DeltaNet of {whose}, {size:,} bytes of state", flush=True)
+        return changed, f"{label} ({whose})", size
+
+    run_symbols(options, exchange if args.peer else None, args.commit)
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="million")
     parser.add_argument("--symbols", help="a task over symbols in place of --preset")
+    parser.add_argument("--peer", choices=["deltanet"], help="its layers in the place of Senri's attention")
     parser.add_argument("--ablate", nargs="*", help=f"all or some of {', '.join(ABLATIONS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -186,20 +218,16 @@ def main() -> None:
     args.began = time.monotonic()
     # Drawing a batch takes 3 ms on one thread; many threads only wait for each other.
     torch.set_num_threads(1)
-    if args.symbols:
-        name = f"{args.symbols}-{args.seed}"
-        values = preset(args.symbols, "train symbols", [*args.set, f"train.seed={args.seed}"])
-        places = {"out": str(args.out / name), "rows": str(args.rows)}
-        run_symbols(options_from(SymbolOptions, {**values, **places}))
+    for name in SYMBOLS.get(args.preset, (args.symbols,) if args.symbols else ()):
+        symbols(name, args)
+    if args.symbols or args.preset in SYMBOLS:
         return
-    variants = (
-        {"": []} if args.ablate is None else {f"-{key}": ABLATIONS[key] for key in args.ablate or ABLATIONS}
-    )
-    for suffix, changes in variants.items():
-        name = f"recall-{args.preset}{suffix}-{args.seed}"
+    variants = {"": []} if args.ablate is None else {key: ABLATIONS[key] for key in args.ablate or ABLATIONS}
+    for variant, changes in variants.items():
+        name = "-".join(filter(None, ("recall", args.preset, variant, str(args.seed))))
         seconds = train(name, args, changes)
         print(f"{name}: trained in {seconds:.1f} s", flush=True)
-        print(table(evaluate(name, args, seconds)), flush=True)
+        print(table(evaluate(name, args, seconds, variant)), flush=True)
 
 
 if __name__ == "__main__":

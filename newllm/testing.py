@@ -244,6 +244,13 @@ def _feature(draw: Draw) -> FeatureMap:
     return FeatureMap(scale=draw.normal("kv_heads") + 2, bias=draw.normal("kv_heads"))
 
 
+def _weighed(draw: Draw) -> Inputs:
+    """A write gate and a decay, which no kernel has."""
+    gate = draw.normal("kv_heads", "key"), draw.normal("kv_heads")
+    feature = _feature(draw)._replace(write=gate[0], write_bias=gate[1])
+    return {"feature": feature, "decay": draw.normal("kv_heads").sigmoid()}
+
+
 def _memory(draw: Draw, feature: FeatureMap | None = None) -> MemoryState:
     """The memory after three earlier tokens a sample."""
     k, v = draw.normal("batch", "kv_heads", 3, "key"), draw.normal("batch", "kv_heads", 3, "value")
@@ -272,7 +279,10 @@ def _stream(draw: Draw, **options: Any) -> tuple[Inputs, InfiniState]:
     feature, rule = options.get("feature"), options.get("rule", "linear")
     lengths = torch.arange(draw.sizes["batch"])[:, None] + tokens - draw.sizes["batch"]
     mask = (torch.arange(tokens) < lengths).to(draw.device)
-    _, state = infini.infini_attention(**before, **kept, feature=feature, rule=rule, padding_mask=mask)
+    decay = options.get("decay")
+    _, state = infini.infini_attention(
+        **before, **kept, feature=feature, rule=rule, decay=decay, padding_mask=mask
+    )
     return {**inputs, "rope": _rope(draw, tokens + ring - 1)}, mapped(Tensor.detach, state)
 
 
@@ -354,6 +364,7 @@ CASES: dict[str, OpCase] = {
                 | _padding(draw)
                 | {"segment": draw.sizes["segment"], "rule": "delta", "state": _memory(draw)}
             ),
+            "gated": lambda draw: _kv(draw) | {"segment": draw.sizes["segment"]} | _weighed(draw),
         },
     ),
     "window_attention": OpCase(
@@ -377,6 +388,7 @@ CASES: dict[str, OpCase] = {
             "delta": lambda draw: _infini(draw, rule="delta", feature=_feature(draw)),
             "segments": lambda draw: _infini(draw, window=None),
             "continued": _continued,
+            "gated": lambda draw: _infini(draw, **_weighed(draw)),
             "no memory": lambda draw: _infini(draw, beta=None),
         },
         constants=("rope",),
@@ -388,6 +400,7 @@ CASES: dict[str, OpCase] = {
         {
             "linear": _token,
             "delta": lambda draw: _token(draw, rule="delta", feature=_feature(draw)),
+            "gated": lambda draw: _token(draw, **_weighed(draw)),
             "active": lambda draw: _token(draw) | {"active": draw.mask("batch")},
         },
         mutates="state",

@@ -154,10 +154,10 @@ def test_only_what_must_change_changes(fused_device: str) -> None:
     """Paused rows keep every bit, others get one slot, one position and, at a border, a memory."""
     inputs = CASE.inputs("linear", torch.float32, device=fused_device, **{**SMALL, "batch": 4, "tokens": 8})
     state, before = inputs["state"], mapped(Tensor.clone, inputs["state"])
-    addresses = [x.data_ptr() for x in state]
+    addresses = [x.data_ptr() for x in state[:5]]
     active = torch.tensor([True, True, False, True], device=fused_device)
     out = FUSED(**inputs, active=active)
-    assert [x.data_ptr() for x in state] == addresses
+    assert [x.data_ptr() for x in state[:5]] == addresses
     assert torch.equal(state.position - before.position, active.long())
     assert not out[2].any()
     assert out[active].all()
@@ -196,7 +196,7 @@ def test_any_strides_will_do(fused_device: str) -> None:
     mine = inputs["state"].map(spread)
     with torch.no_grad():
         assert torch.equal(FUSED(**{**inputs, **scattered, "state": mine}), out)
-    assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(mine[:5], state[:5], strict=True))
 
 
 def spread(x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_the_contract_holds(fused_device: str) -> None:
         (inputs["beta"], inputs["state"], inputs["rope"]),
         (None, inputs["state"]._replace(matrix=None, norm=None), (None, None)),
     ):
-        tensors = (*qkv, beta, *state, *rope, None, None, inputs["active"])
+        tensors = (*qkv, beta, *state[:5], *rope, None, None, inputs["active"])
         torch.library.opcheck(contract, tensors, options)
 
 
@@ -379,7 +379,7 @@ def test_overlapping_kernels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     def run() -> list[Tensor]:
         state = fresh({**qkv, **inputs})
         tokens = [{name: x[:, :, t : t + 1] for name, x in qkv.items()} for t in range(100)]
-        return [*(FUSED(**token, **inputs, state=state) for token in tokens), *state]
+        return [*(FUSED(**token, **inputs, state=state) for token in tokens), *state[:5]]
 
     overlapping = run()
     monkeypatch.setattr(infini_decode, "dependent_launch", lambda device: {"PDL": 0})

@@ -42,12 +42,39 @@ def test_page_has_every_cell_and_names_what_failed() -> None:
     assert "None of 1 cells" in recall_report([CELL], ["rows.jsonl"])
 
 
+def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
+    whole = {**CELL, "variant": "whole", "steps": 1500, "model": "recall-quick-whole-0"}
+    worse = {**whole, "variant": "write-gate", "depth": 1.0, "score": 0.5, "ci95": [0.24, 0.76]}
+    pairs = {
+        **CELL,
+        "suite": "capacity",
+        "memory": "delta",
+        "depth": None,
+        "width": 128,
+        "state_bytes": 66048,
+    }
+    rows = [whole, {**worse, "depth": 0.0, "score": 1.0}, worse, {**pairs, "length": 96, "score": 0.976}]
+    page = recall_report(rows, ["rows.jsonl"])
+    assert "## By length" not in page
+    assert "| variant | steps trained | passkey, memory on, 1,024 |" in page
+    assert "| whole | 1,500 | 1.000 [0.72, 1.00] |" in page
+    assert "| write-gate | 1,500 | 0.750 [0.24, 0.76] |" in page
+    assert "| memory | width | bytes | 96 |" in page
+    assert "| m, delta | 128 | 66,048 | 0.976 |" in page
+
+
 def test_eval_report_writes_page_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps(CELL) + "\n")
+    pairs = {**CELL, "suite": "capacity", "model": "untrained", "depth": None, "width": 8, "state_bytes": 288}
+    variant = {**CELL, "variant": "delta", "suite": "passkey_border"}
+    rows = "".join(f"{json.dumps(row)}\n" for row in (CELL, pairs, variant))
+    (tmp_path / "rows.jsonl").write_text(rows)
     words = ["eval", "report", "--out", str(tmp_path / "docs" / "recall.md"), "--rows"]
     assert main([*words, f"[{tmp_path / 'rows.jsonl'}]"]) == 0
     assert "(recall-passkey.png)" in (tmp_path / "docs" / "recall.md").read_text()
-    assert (tmp_path / "docs" / "recall-passkey.png").read_bytes()[1:4] == b"PNG"
+    # A variant of the recipe has a line in a table, no picture.
+    drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
+    assert drawn == {"recall-passkey.png", "recall-capacity.png"}
+    assert all((tmp_path / "docs" / name).read_bytes()[1:4] == b"PNG" for name in drawn)
     assert main([*words, "[none.jsonl]"]) == 2
     assert "rows must name at least one file that exists" in capsys.readouterr().err
 

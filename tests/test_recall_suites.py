@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -9,19 +11,28 @@ from random import Random
 import pytest
 import torch
 
-from newllm.data.recall.prompts import GIVEN, Suite, scores
+from newllm.data.recall.prompts import GIVEN, Suite, part_ids, scores, share_written
 from newllm.data.recall.suites import NAMES, make_suite, suite_names
 from newllm.data.tokenizer import byte_tokenizer
+from newllm.evaluation.forced import greedy_tokens
 from newllm.evaluation.intervals import wilson95
-from newllm.evaluation.recall import Task, interval, measure, reader_answers, usual_samples
+from newllm.evaluation.recall import (
+    Task,
+    interval,
+    measure,
+    model_answers,
+    reader_answers,
+    usual_samples,
+)
 from newllm.evaluation.rows import RowFile
-from tests.evaluation_parts import PROSE
+from tests.evaluation_parts import PROSE, byte_senri
 
 LENGTH, SEGMENT, SAMPLES = 2500, 64, 40
 # What a guess is right by: one of six rooms, or of seven people and things.
 GUESSED = {"qa1": 6, "qa2": 6, "qa3": 6, "qa4": 6, "qa5": 7}
 # At depth 0 what decides stands at the start, but another fact may tell as much; see the one test of both.
-WINDOWED = [name for name in NAMES if name not in ("qa5",)]
+# What counts of words are asked for stands all over the prompt.
+WINDOWED = [name for name in NAMES if name not in ("qa5", "cwe", "fwe")]
 
 
 @cache
@@ -102,6 +113,42 @@ def test_several_answers_are_scored_one_by_one() -> None:
     assert scores(right, made.parts).tolist() == [1.0]
     right[0, (parts == 2).nonzero()[-1]] = False
     assert scores(right, made.parts).tolist() == [0.75]
+
+
+def test_counts_are_ruler_s_and_asked_for_in_any_order() -> None:
+    made = suite("cwe").prompts(9000, None, [0], 0)
+    text = bytes(made.input_ids[0, : made.length].tolist()).decode()
+    assert text.count("Below is a numbered list of words.") == 2
+    assert text.endswith("The top 10 words that appear most often in the list are:")
+    listed = text.rpartition("Memorize the ones that appear most often.\n")[2].rpartition("\nQuestion")[0]
+    counts = Counter(re.findall(r"\d+\. ([a-z]+)", listed))
+    assert sorted(counts.values(), reverse=True)[:11] == [30] * 10 + [3]
+    answer = bytes(made.answers[0].tolist()).decode()
+    wanted = re.findall(r"\d+\. ([a-z]+)", answer)
+    assert {word for word, count in counts.items() if count == 30} == set(wanted)
+    coded = suite("fwe").prompts(LENGTH, None, [0], 0)
+    text = bytes(coded.input_ids[0, : coded.length].tolist()).decode()
+    ranked = [word for word, _ in Counter(re.findall(r"\b[a-z]{6}\b|\.{3}", text)).most_common(4)]
+    assert ranked[0] == "..."
+    assert bytes(coded.answers[0].tolist()).decode() == "".join(
+        f" {n}. {word}" for n, word in enumerate(ranked[1:], 1)
+    )
+
+
+def test_free_answers_are_searched_for_every_part() -> None:
+    """A model that writes the words backwards scores as one that writes them in order."""
+    made = suite("fwe").prompts(LENGTH, None, [0], 0)
+    parts = part_ids(made, 0)
+    assert share_written([token for part in reversed(parts) for token in part], parts) == 1.0
+    assert share_written(list(parts[1]), parts) == pytest.approx(1 / 3)
+    model = byte_senri()
+    found = model_answers(model)(made, 512)
+    wrote = greedy_tokens(model, made.input_ids[:, : made.length], tokens=made.written, chunk=LENGTH)
+    assert found == [share_written(wrote[0].tolist(), parts)]
+    generated = model.generate(
+        made.input_ids[:, : made.length], max_new_tokens=made.written, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(generated[:, made.length :], wrote)
 
 
 def test_border_keys_are_cut_by_a_border_in_every_way() -> None:

@@ -27,7 +27,7 @@ HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
     "train": "train a model on any text, with nothing lost",
     "eval": "recall by length and depth, perplexity by position, what memories give",
-    "diagnose": "what the contexts of a model do: attractors, rank, identity, convergence",
+    "diagnose": "what contexts do: attractors, rank, identity, convergence; what a memory holds",
     "scaling": "two-phase models over data, architectures and diversity losses",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",

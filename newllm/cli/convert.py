@@ -30,6 +30,10 @@ class Options(ConvertConfig):
         memory_layers: layers with a memory (null: two of them, at thirds of the depth).
         gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
         rule: how the memory is written.
+        write_gate: learn how much each token counts in a memory.
+        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
+        short_conv: taps of a causal convolution over q and k, the identity at the start (null: none).
+        share_memory: one memory for all layers that have one (linear rule).
         dtype: of the weights (auto: the checkpoint's; float32 for GGUF).
         overwrite: replace a folder that exists.
     """
@@ -58,6 +62,10 @@ def run(options: Options) -> None:
         segment=options.segment,
         memory_layers=options.memory_layers,
         gate=options.gate,
+        write_gate=options.write_gate,
+        memory_decay=options.memory_decay,
+        short_conv=options.short_conv,
+        share_memory=options.share_memory,
         rule=options.rule,
     )
     if model.generation_config.eos_token_id is None:

@@ -1,4 +1,4 @@
-"""``newllm diagnose``: what the contexts of a model do."""
+"""``newllm diagnose``: what the contexts of a model do, what a memory holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm.cli import Command
+from newllm.cli.diagnose_capacity import CapacityOptions, run as run_capacity
 from newllm.data.sources import Offline
 
 _FIRST_ID, _LAST_ID = 100, 5000
@@ -297,6 +298,7 @@ def _check(name: str, what: str) -> type[StreamOptions]:
 
 
 COMMANDS = {
+    "capacity": Command(CapacityOptions, run_capacity),
     "attractor": Command(AttractorOptions, run_attractor),
     "rank": Command(_check("rank", "How much of their space the contexts of a text use."), run_rank),
     "identity": Command(

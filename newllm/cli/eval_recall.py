@@ -27,7 +27,8 @@ class SuiteOptions:
 
     Args:
         model: folder or hub id of a Senri.
-        suite: passkey, niah, ruler, babilong, or names of theirs with commas between them.
+        suite: passkey, niah, ruler, babilong, or names of theirs with commas between them; capacity, alone:
+            random pairs in the memories' trained features.
         lengths: tokens of prompts, such as 4k,16k or 4k:1m for every doubling.
         depths: where the first thing asked for stands, from 0 to 1 ([null]: anywhere).
         samples: prompts of a cell (null: 100 up to 128k, 40 up to 1m, 8 up to 16m, 4 beyond).
@@ -89,6 +90,12 @@ def _tokens(word: str, text: str) -> int:
 
 def run(options: SuiteOptions) -> None:
     """Measure, draw, print."""
+    if options.suite == "capacity":
+        from newllm.cli.diagnose_capacity import CapacityOptions, run as run_capacity
+
+        return run_capacity(
+            CapacityOptions(options.model, seed=options.seed, rows=options.rows, out=options.out)
+        )
     from rich.console import Console
 
     from newllm.cli.loading import load

@@ -1,4 +1,4 @@
-"""``newllm eval report``: docs/recall.md and its heat maps from rows."""
+"""``newllm eval report``: docs/recall.md and its pictures from rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass
 class ReportOptions:
-    """Write the page of recall from rows, and a heat map of each suite beside it.
+    """Write the page of recall from rows, and beside it a heat map of each suite and the curve of capacity.
 
     Args:
         rows: files of rows.
@@ -23,7 +23,10 @@ class ReportOptions:
 
 def run(options: ReportOptions) -> None:
     """Read, write, print where."""
+    from functools import partial
+
     from newllm.cli.eval_recall import pictures
+    from newllm.evaluation.plots import capacity_figure
     from newllm.evaluation.recall_report import recall_report
     from newllm.evaluation.rows import RowFile
     from newllm.files import replace_file
@@ -35,8 +38,14 @@ def run(options: ReportOptions) -> None:
         )
     rows = [row for name in found for row in RowFile(name).rows]
     out = Path(options.out)
-    drawn = [row for row in rows if row.get("depth") is not None and row.get("window")]
+    placed = (row for row in rows if row.get("depth") is not None and row.get("window"))
+    drawn = [row for row in placed if not row.get("variant")]
     paths = pictures(drawn, drawn[0]["window"], str(out.parent), "recall-") if drawn else []
+    untrained = [row for row in rows if row["suite"] == "capacity" and row["model"] == "untrained"]
+    if untrained:
+        paths.append(str(out.parent / "recall-capacity.png"))
+        figure = capacity_figure(untrained)
+        replace_file(Path(paths[-1]), partial(figure.savefig, dpi=150, format="png"))
     page = recall_report(rows, found)
     page += "".join(f"\n![{Path(path).stem}]({Path(path).name})\n" for path in paths)
     replace_file(out, lambda path: path.write_text(page, encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,17 +55,31 @@ class SymbolOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def run(options: SymbolOptions) -> int | None:
-    """Train, test, print."""
-    from newllm.backend import training_device
+def run(
+    options: SymbolOptions,
+    exchange: Callable[[Any], tuple[Any, str, int]] | None = None,
+    head: str | None = None,
+) -> int | None:
+    """Train, test, print.
+
+    ``exchange`` may put another model in the place of the one that ``options`` describe: itself, its name in
+    the rows, and bytes of its state. ``head`` is the commit of a checkout without its history.
+    """
+    import torch
+
+    from newllm.backend import training_device, version_of
     from newllm.evaluation.recall import interval
     from newllm.evaluation.rows import RowFile, weights_digest
     from newllm.runs import Run, commit
-    from newllm.training.symbols import SymbolBatches, accuracy
+    from newllm.training.symbols import SymbolBatches, accuracy, state_bytes
     from newllm.training.trainer import LanguageTrainer
 
     tasks, tests = ([_task(options, size) for size in sizes] for sizes in (options.sizes, options.tests))
-    model = _model(options, max(task.vocabulary for task in (*tasks, *tests))).to(training_device())
+    model = _model(options, max(task.vocabulary for task in (*tasks, *tests)))
+    name, size = options.name or " ".join(filter(None, (options.cell, _rule(options)))), state_bytes(model)
+    if exchange is not None:
+        model, name, size = exchange(model)
+    model = model.to(training_device())
     record = Run(options.out, asdict(options), seed=options.train.seed)
     config = options.train
     batches = SymbolBatches(tasks, rows=options.rows_per_step, steps=config.steps, seed=config.seed)
@@ -72,10 +87,11 @@ def run(options: SymbolOptions) -> int | None:
     trainer.fit()
     if trainer.interrupted:
         return 128 + trainer.interrupted
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     facts = {
-        "model": options.name or " ".join(filter(None, (options.cell, _rule(options)))),
-        "weights": weights_digest(model), "memory": "on", "depth": None,
-        "seed": config.seed, "commit": commit(),
+        "model": name, "weights": weights_digest(model), "memory": "on", "depth": None,
+        "state_bytes": size, "steps": config.steps, "device": device, "torch": version_of("torch"),
+        "seed": config.seed, "commit": head or commit(),
     }  # fmt: skip
     rows = RowFile(options.rows)
     for size, test in zip(options.tests, tests, strict=True):

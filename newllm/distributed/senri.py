@@ -23,17 +23,34 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     their gradients are to be summed over the ranks.
 
     Raises:
-        ValueError: for a model without Infini-attention.
+        ValueError: for a model without Infini-attention, or with a write gate, decay, a short convolution or
+            a shared memory.
     """
     line = mesh if isinstance(mesh, Line) else line_of(mesh)
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
     checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
+    for module in model.modules():
+        _check(module)
     for attention in layers:
         attention.attend = partial(_attend, mesh=line)
     for module in model.modules():
         if isinstance(module, SenriModel):
             module.sliced = True
     return model
+
+
+def _check(module: nn.Module) -> None:
+    """Nothing that a rank would need more of than windows and memories, or in another order."""
+    if isinstance(module, SenriModel):
+        checks.require(not module.config.share_memory, "share_memory", True, "False over several ranks")
+    if isinstance(module, InfiniAttention):
+        parts = {
+            "write_gate": getattr(module.memory_feature, "write", None),
+            "memory_decay": module.memory_decay,
+            "short_conv": module.short_conv,
+        }
+        for name, part in parts.items():
+            checks.require(part is None, name, "one", "off over several ranks")
 
 
 def _attend(

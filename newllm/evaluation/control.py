@@ -18,7 +18,7 @@ def remove_memories(model: SenriForCausalLM) -> None:
     """Take the memories out of ``model``, which then sees what its stacked windows reach and no more."""
     for module in model.modules():
         if isinstance(module, InfiniAttention):
-            module.memory_gate = module.memory_feature = None
+            module.memory_gate = module.memory_feature = module.memory_decay = None
     model.config.memory_layers = []
 
 

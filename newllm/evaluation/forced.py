@@ -1,4 +1,4 @@
-"""Logits of forced answers behind prompts of any length, by a state of constant size."""
+"""Logits of forced answers behind prompts of any length, and free ones, by a state of constant size."""
 
 from __future__ import annotations
 
@@ -40,6 +40,31 @@ def last_logits(
         on_tokens(part.numel())
     logits: Tensor = out.logits
     return logits
+
+
+@torch.inference_mode()
+def greedy_tokens(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    tokens: int,
+    chunk: int,
+    before_answer: Callable[[Cache], object] | None = None,
+) -> Tensor:
+    """The ``[B, tokens]`` likeliest tokens one by one after ``ids [B, T]``, read ``chunk`` of a row at once.
+
+    ``before_answer`` may change the cache before the last of ``ids`` is read.
+    """
+    cache = DynamicCache(config=model.config)
+    for part in ids[:, :-1].split(_pieces(ids.shape[1] - 1, chunk), 1):
+        model(part.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if before_answer is not None:
+        before_answer(cache)
+    last, found = ids[:, -1:].to(model.device), []
+    for _ in range(tokens):
+        last = model(last, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        found.append(last)
+    return torch.cat(found, 1)
 
 
 def _pieces(tokens: int, chunk: int) -> list[int]:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from newllm.data.recall.prompts import Prompts, Suite, scores
-from newllm.evaluation.forced import evaluating, last_logits
+from newllm.data.recall.prompts import Prompts, Suite, part_ids, scores, share_written
+from newllm.evaluation.forced import evaluating, greedy_tokens, last_logits
 from newllm.evaluation.intervals import mean95, wilson95
 from newllm.evaluation.rows import IDENTITY, Row, RowFile
 
@@ -66,7 +66,7 @@ def measure(
     shared = {**facts, "suite": suite.name, "seed": task.seed}
     with tqdm(unit="tok", unit_scale=True, disable=not progress) as bar:
         for length in task.lengths:
-            for depth in task.depths:
+            for depth in task.depths if suite.placed else (None,):
                 cell = {**shared, "length": length, "depth": depth, "samples": task.samples(length)}
                 row = rows.find({key: cell.get(key) for key in IDENTITY})
                 if row is None:
@@ -100,12 +100,19 @@ def _cell(
 def model_answers(
     model: PreTrainedModel, *, before_answer: Callable[[Cache], object] | None = None
 ) -> Answerer:
-    """Answers forced on ``model``, ``chunk`` tokens of a row at a time through its constant state.
+    """Answers forced on ``model`` or written by it, ``chunk`` tokens of a row at once through its state.
 
     ``before_answer`` may change the stream's cache just before the answers are asked for, as controls do.
     """
 
     def answer(prompts: Prompts, chunk: int) -> list[float]:
+        if prompts.written:
+            ids = prompts.input_ids[:, : prompts.length]
+            with evaluating(model):
+                tokens = greedy_tokens(
+                    model, ids, tokens=prompts.written, chunk=chunk, before_answer=before_answer
+                )
+            return [share_written(row, part_ids(prompts, n)) for n, row in enumerate(tokens.tolist())]
         answers = prompts.answers.to(model.device)
         with evaluating(model):
             logits = last_logits(
@@ -130,9 +137,10 @@ def reader_answers(suite: Suite, *, sees: int | None) -> Answerer:
             ids = prompts.input_ids[row, : prompts.length]
             random = Random(crc32(ids.numpy().tobytes()))
             seen = suite.solve(ids if sees is None else ids[-max(sees, question) :], random)
-            parts = prompts.parts[row]
-            wanted = [tuple(prompts.answers[row, parts == n].tolist()) for n in range(int(parts.max()) + 1)]
-            found.append(sum(map(tuple.__eq__, seen, wanted)) / len(wanted))
+            wanted = part_ids(prompts, row)
+            in_order = sum(map(tuple.__eq__, seen, wanted))
+            right = len(set(seen) & set(wanted)) if prompts.written else in_order
+            found.append(right / len(wanted))
         return found
 
     return answer

@@ -24,6 +24,8 @@ What models with a memory recall from far beyond their window. Every figure come
 * **Borders.** `passkey_border` puts each key across the border of a segment, cut in every way in turn.
 * **Controls.** `zeroed` empties the memories just before the answer, `window` takes them out; readers of
   the whole prompt (`oracle`) and of its question (`blind`) prove the suites (`tests/test_recall_suites.py`).
+* **Counts of words.** `cwe` and `fwe` ask for what is frequent all over the prompt, so they have no depth;
+  the answer is written freely, up to twice its tokens, and searched for each word, as RULER scores it.
 * **Seeds.** A prompt depends on its suite, seed, length, depth and number alone: all models see the same.
   Filler is the validation documents of the text, which no training reads.
 * **Intervals.** In brackets: the 95 % interval of the cell, Wilson's where each answer is right or wrong.
@@ -33,6 +35,9 @@ What models with a memory recall from far beyond their window. Every figure come
 def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
     """The page as Markdown, from all ``rows`` of the files ``sources``."""
     parts = [_METHOD.format(sources=", ".join(f"`{name}`" for name in sources))]
+    capacity = [row for row in rows if row["suite"] == "capacity"]
+    variants = [row for row in rows if row.get("variant")]
+    rows = [row for row in rows if row["suite"] != "capacity" and not row.get("variant")]
     by_depth = [row for row in rows if row.get("depth") is not None]
     plain = [row for row in rows if row.get("depth") is None]
     if by_depth:
@@ -41,6 +46,10 @@ def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
         parts.append(f"### {suite}: {model}, memory {memory}\n\n{_table(list(group))}\n")
     if by_depth:
         parts.append(f"## What failed\n\n{_failures(by_depth)}\n")
+    if variants:
+        parts.append(f"## What each part of the recipe buys\n\n{_ablations(variants)}\n")
+    if capacity:
+        parts.append(f"## Random pairs in one head's memory\n\n{_capacities(capacity)}\n")
     if plain:
         parts.append(f"## Others\n\n{_others(plain)}\n")
     return "\n".join(parts)
@@ -101,6 +110,44 @@ def _failures(rows: list[Row]) -> str:
         scores = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
         lines.append(f"* {suite} of {model} at depth {depth:g}: {scores} ({lengths} tokens)")
     return "\n".join(lines)
+
+
+def _ablations(rows: list[Row]) -> str:
+    """Variants downwards, lengths to the right, the mean over depths and seeds."""
+    columns = sorted({(row["suite"], row["memory"], row["length"]) for row in rows})
+    names = [f"{suite}, memory {memory}, {length:,}" for suite, memory, length in columns]
+    lines = [
+        f"| variant | steps trained | {' | '.join(names)} |",
+        "| --- | ---: |" + " ---: |" * len(columns),
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        cells = [
+            [row for row in own if (row["suite"], row["memory"], row["length"]) == key] for key in columns
+        ]
+        steps = ", ".join(sorted({f"{row['steps']:,}" for row in own if row.get("steps")}))
+        lines.append(f"| {variant} | {steps} | {' | '.join(_cell(group) for group in cells)} |")
+    return "\n".join(lines) + "\n\nThe mean over depths; in brackets the widest of the intervals' ends."
+
+
+def _capacities(rows: list[Row]) -> str:
+    """Memories downwards, numbers of pairs to the right."""
+    counts = sorted({row["length"] for row in rows})
+    lines = [f"| memory | width | bytes | {' | '.join(map(str, counts))} |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(counts))
+    for key in dict.fromkeys((row["model"], row["memory"], row["width"], row["state_bytes"]) for row in rows):
+        own = {
+            row["length"]: row
+            for row in rows
+            if (row["model"], row["memory"], row["width"], row["state_bytes"]) == key
+        }
+        scores = [f"{own[count]['score']:.3f}" if count in own else "" for count in counts]
+        lines.append(f"| {key[0]}, {key[1]} | {key[2]} | {key[3]:,} | {' | '.join(scores)} |")
+    first = rows[0]
+    return "\n".join(lines) + (
+        f"\n\nShare of standard normal pairs found again, the mean of {first['samples']} memories a cell, "
+        f"commit {str(first['commit'])[:7]}."
+    )
 
 
 def _others(rows: list[Row]) -> str:

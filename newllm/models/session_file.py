@@ -31,13 +31,15 @@ _SHAPING = {
         "rule",
         "feature",
         "feature_order",
+        "short_conv",
+        "share_memory",
         "vocab_size",
     ),
     "context_lm": ("cell", "embed_dim", "context_dim", "num_hidden_layers", "input_tokens", "vocab_size"),
     "context_kv": ("embed_dim", "context_dims", "chunk_size", "slot_kind", "max_contexts", "vocab_size"),
 }
 # The weights that states are made with, by parts of their names.
-_STATE_WEIGHTS = ("k_proj", "recurrent", "context_block", "attention.")
+_STATE_WEIGHTS = ("k_proj", "short_conv", "recurrent", "context_block", "attention.")
 
 
 def write_snapshot(snapshot: Snapshot, model: Model, path: Path) -> None:

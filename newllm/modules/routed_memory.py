@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from newllm.modules.gate import MemoryFeature
 from newllm.ops import checks
-from newllm.reference.features import feature_map, feature_width
+from newllm.reference.features import feature_map, feature_width, key_features
 from newllm.reference.memory import state_dtype
 from newllm.types import FeatureMap
 
@@ -59,7 +59,7 @@ def routed_update(
     ``padding_mask`` is bool ``[B, T]``, True = real.
     """
     kind = state_dtype(k.dtype)
-    features = feature_map(k.to(kind), feature)
+    features = key_features(k.to(kind), feature)
     if padding_mask is not None:
         features = features * padding_mask[:, None, :, None]
     chosen = nn.functional.one_hot(route(k, directions)[..., 0], directions.shape[1]).to(kind)

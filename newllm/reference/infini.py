@@ -62,6 +62,7 @@ def infini_attention(
     eps: float = 1e-6,
     bptt_segments: int | None = None,
     segment_weight: Tensor | None = None,
+    decay: Tensor | None = None,
     padding_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, InfiniState]:
@@ -91,7 +92,13 @@ def infini_attention(
             empty_memory(keys, values, feature)._replace(count=None) if state is None else memory_of(state)
         )
         before, (matrix, norm, _) = scan(
-            segments, start, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
+            segments,
+            start,
+            rule=rule,
+            weight=segment_weight,
+            decay=decay,
+            eps=eps,
+            bptt_segments=bptt_segments,
         )
         recalled = recall(q.to(compute), before, position, segment, feature, eps)
         return mix(out, recalled, beta, gate), matrix, norm

@@ -25,6 +25,10 @@ class ModelConfig:
         feature_scale: how much the features contrast keys (1: the paper's).
         feature_bias: how sparse they are (0: the paper's).
         feature_order: of dpfp, whose features are 2 * order times as wide.
+        write_gate: learn how much each token counts in a memory.
+        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
+        short_conv: taps of a causal convolution over q and k (null: none).
+        share_memory: one memory for all layers that have one (linear rule).
     """
 
     hidden_size: int = 96
@@ -41,6 +45,10 @@ class ModelConfig:
     feature_scale: float = 4.0
     feature_bias: float = -4.0
     feature_order: int = 1
+    write_gate: bool = False
+    memory_decay: float | None = None
+    short_conv: int | None = None
+    share_memory: bool = False
 
 
 @dataclass(kw_only=True)
@@ -53,6 +61,7 @@ class ConvertConfig:
         memory_layers: layers with a memory (null: two of them, at thirds of the depth).
         gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
         rule: how the memory is written.
+        write_gate, memory_decay, short_conv, share_memory: as of a new model.
     """
 
     window: int = 1024
@@ -60,6 +69,10 @@ class ConvertConfig:
     memory_layers: list[int] | None = None
     gate: Literal["tanh", "sigmoid"] = "tanh"
     rule: Literal["linear", "delta"] = "linear"
+    write_gate: bool = False
+    memory_decay: float | None = None
+    short_conv: int | None = None
+    share_memory: bool = False
 
     def __post_init__(self) -> None:
         """Find before any weights are read what would be found behind them.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-MEMORY_MODULES = ("memory_gate", "memory_feature")
+MEMORY_MODULES = ("memory_gate", "memory_feature", "memory_decay")
 
 
 def memory_owners(model: nn.Module) -> set[str]:

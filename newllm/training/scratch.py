@@ -52,6 +52,10 @@ def senri_of(config: ModelConfig, vocabulary: int, *, seed: int, **special: int 
             feature_scale=config.feature_scale,
             feature_bias=config.feature_bias,
             feature_order=config.feature_order,
+            write_gate=config.write_gate,
+            memory_decay=config.memory_decay,
+            short_conv=config.short_conv,
+            share_memory=config.share_memory,
             tie_word_embeddings=True,
             **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **special},
         )

@@ -31,6 +31,13 @@ class SymbolBatches:
 
 
 @torch.inference_mode()
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one stream's state, of all layers."""
+    outputs: Any = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True)
+    return sum(layer.state.nbytes() for layer in outputs.past_key_values.layers)
+
+
+@torch.inference_mode()
 def accuracy(
     model: PreTrainedModel, task: SymbolTask, *, samples: int, seed: int, rows: int = 64
 ) -> list[float]:

@@ -23,13 +23,15 @@ class Prompts(NamedTuple):
     The inputs are the prompts and their answers but the last token, so that the last A logits predict
     ``answers``: the answer is forced, and right where each token is the likeliest given those before it.
     ``parts`` says which part of the answer a token belongs to, ``GIVEN`` for none; ``question [B]`` how many
-    tokens at the end of a prompt ask.
+    tokens at the end of a prompt ask. With ``written`` above 0 the answer is not forced: so many tokens are
+    written freely, and a part is right where its tokens come among them, in any order of parts.
     """
 
     input_ids: Tensor
     answers: Tensor
     parts: Tensor
     question: Tensor
+    written: int = 0
 
     @property
     def length(self) -> int:
@@ -43,11 +45,25 @@ class Suite(NamedTuple):
     ``depth`` from 0 (first token) to 1 is where what is asked for stands, None anywhere. A prompt depends on
     the suite, seed, length, depth and its number alone. ``solve(ids, random)`` answers from the ids ``[N]``
     of the end of a prompt as one who reads it would, and guesses where it does not say: the parts' token ids.
+    Suites that are not ``placed`` have no depth.
     """
 
     name: str
     prompts: Callable[[int, float | None, Sequence[int], int], Prompts]
     solve: Callable[[Tensor, Random], list[tuple[int, ...]]]
+    placed: bool = True
+
+
+def part_ids(prompts: Prompts, row: int) -> list[tuple[int, ...]]:
+    """The token ids of each part of the answer to prompt ``row``."""
+    parts = prompts.parts[row]
+    return [tuple(prompts.answers[row, parts == n].tolist()) for n in range(int(parts.max()) + 1)]
+
+
+def share_written(written: Sequence[int], parts: Sequence[tuple[int, ...]]) -> float:
+    """Share of ``parts`` whose tokens stand somewhere in ``written``."""
+    found = [any(tuple(written[at : at + len(part)]) == part for at in range(len(written))) for part in parts]
+    return sum(found) / len(found)
 
 
 def scores(right: Tensor, parts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
+from newllm.data.recall.counting import COUNTING, counting_suite
 from newllm.data.recall.drafts import Drafting, Solving, drafted_suite, language
 from newllm.data.recall.needles import SETTINGS, needle_drafting
 from newllm.data.recall.passkeys import passkey_suite
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "passkey": ("passkey", "passkey_border"),
     "niah": tuple(SETTINGS),
-    "ruler": (*SETTINGS, "vt"),
+    "ruler": (*SETTINGS, "vt", *COUNTING),
     "babilong": STORIES,
 }
 """Names of several suites at once."""
@@ -63,14 +64,21 @@ def make_suite(
     }
     if name not in makers:
         words = language(tokenizer, text)
+        if name in COUNTING:
+            return counting_suite(name, words)
         return drafted_suite(name, words, *drafting(name))
     return makers[name]()
 
 
 def drafting(name: str) -> tuple[Drafting, Solving]:
-    """How prompts of the suite ``name``, passkeys apart, are planned and answered."""
+    """How prompts of the suite ``name`` are planned and answered.
+
+    Raises ``ValueError`` for passkeys and lists of words, which have no draft.
+    """
     if name in SETTINGS:
         return needle_drafting(name)
+    if name not in (*STORIES, "vt"):
+        raise ValueError(f"suites must be of {', '.join((*SETTINGS, 'vt', *STORIES))}, got {name!r}")
     return tracking_drafting() if name == "vt" else story_drafting(name)
 
 

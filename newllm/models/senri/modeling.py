@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from newllm.models.senri.configuration import SenriConfig
+from newllm.models.senri.shared import collect, lend, segment_ends
 from newllm.modules.cache import InfiniCacheLayer, cache_layer
-from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.gate import MemoryDecay, MemoryFeature, MemoryGate
 from newllm.modules.infini_attention import InfiniAttention, padding_mask, rope_rows
 from newllm.modules.norm import RMSNorm
 from newllm.modules.rope_config import rotary_from_config
+from newllm.modules.short_conv import ShortConvolution
 from newllm.types import InfiniState
 
 
@@ -45,6 +48,9 @@ class SenriBlock(GradientCheckpointingLayer):
             feature_scale=config.feature_scale,
             feature_bias=config.feature_bias,
             feature_order=config.feature_order,
+            write_gate=config.write_gate,
+            decay=config.memory_decay,
+            short_conv=config.short_conv,
             eps=config.memory_eps,
             detach=config.detach,
             bptt_segments=config.bptt_segments,
@@ -92,15 +98,15 @@ class SenriPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {"hidden_states": SenriBlock}
-    _keep_in_fp32_modules_strict = ["memory_gate", "memory_feature"]
+    _keep_in_fp32_modules_strict = ["memory_gate", "memory_feature", "memory_decay"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MemoryGate):
             initialization.zeros_(module.weight)
-        elif isinstance(module, MemoryFeature) and module.kind == "elu1":
-            initialization.constant_(module.scale, module.initial[0])
-            initialization.constant_(module.bias, module.initial[1])
+        elif isinstance(module, MemoryFeature | MemoryDecay | ShortConvolution):
+            for name, value in module.starts().items():
+                initialization.constant_(getattr(module, name), value)
 
 
 class SenriModel(SenriPreTrainedModel):
@@ -154,13 +160,16 @@ class SenriModel(SenriPreTrainedModel):
             padding = attention_mask["padding"]
         else:
             padding = padding_mask(attention_mask, tokens)
-        chunk = tokens if self.sliced else self.config.prefill_chunk
-        if segment_weight is not None and tokens > chunk:
-            raise ValueError(f"segment_weight needs at most prefill_chunk ({chunk}) tokens, got {tokens}")
+        pieces = self._pieces(tokens, states[0], padding)
+        if segment_weight is not None and (len(pieces) > 1 or self.config.share_memory):
+            raise ValueError(
+                f"segment_weight needs memories of their own and at most prefill_chunk "
+                f"({self.config.prefill_chunk}) tokens, got {tokens}"
+            )
         outputs = []
-        for start in range(0, tokens, chunk):
-            part = None if padding is None else padding[:, start : start + chunk]
-            out, states = self._read(hidden_states[:, start : start + chunk], part, states, segment_weight)
+        for start, stop in pieces:
+            part = None if padding is None else padding[:, start:stop]
+            out, states = self._read(hidden_states[:, start:stop], part, states, segment_weight)
             outputs.append(out)
         for cache, state in zip(caches, states, strict=False):
             assert state is not None
@@ -175,6 +184,18 @@ class SenriModel(SenriPreTrainedModel):
         """Tokens that a window reaches, the new one among them."""
         return self.config.sliding_window or self.config.segment  # type: ignore[no-any-return]
 
+    def _pieces(
+        self, tokens: int, state: InfiniState | None, padding: Tensor | None
+    ) -> list[tuple[int, int]]:
+        """First token of each piece that is read at once, and the one behind its last."""
+        chunk = tokens if self.sliced else self.config.prefill_chunk
+        stops = set(range(chunk, tokens, chunk))
+        if self.config.share_memory and tokens > 1:
+            assert self.config.segment is not None
+            position = None if state is None else state.position
+            stops |= segment_ends(position, padding, tokens, self.config.segment)
+        return list(pairwise([0, *sorted(stops), tokens]))
+
     def _read(
         self,
         hidden_states: Tensor,
@@ -185,14 +206,16 @@ class SenriModel(SenriPreTrainedModel):
         """All layers over one chunk."""
         tokens, continued = hidden_states.shape[1], states[0] is not None
         rows = tokens + self._ring if self.sliced else rope_rows(tokens, self._ring, continued)
-        in_place = continued and tokens == 1 and not torch.is_grad_enabled()
+        sharing = self.config.memory_layers or () if self.config.share_memory else ()
+        in_place = continued and tokens == 1 and not torch.is_grad_enabled() and not sharing
         table = self.rotary.kept if in_place else self.rotary
         rope = table(rows, hidden_states)
+        states = lend(states, sharing)
         after: list[InfiniState | None] = []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state = layer(hidden_states, rope, padding, state, in_place, segment_weight)
             after.append(state)
-        return hidden_states, after
+        return hidden_states, collect(states, after, sharing)
 
 
 def _layers(cache: Cache | None, count: int) -> list[InfiniCacheLayer]:
