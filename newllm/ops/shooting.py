@@ -22,8 +22,9 @@ Sweep = Callable[[Runs, Tensor], Tensor]
 # The most rows that a device sweeps side by side, and what each costs beyond the first, in steps of one row.
 ROWS = {"cpu": 8, "cuda": 112}
 SHARE = {"cpu": 0.5, "cuda": 0.075}
-# The block method has to promise so many times the speed of a single run.
-LEAST_GAIN = 1.2
+# The block method has to promise so many times the speed of a single run: an estimate of rho that is too low
+# costs some of it.
+LEAST_GAIN = 1.4
 # Tokens of the first pass before each border, at least.
 WARM_UP = 32
 # Passes that the block method tries by default.
