@@ -21,9 +21,10 @@ class Recurrence:
 
     def __init__(self, rho: float, backwards: bool) -> None:
         self.rho, self.backwards = rho, backwards
-        self.drive = torch.randn(
-            2, TOKENS, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        random = torch.Generator().manual_seed(0)
+        # Backwards what is tolerated is a share of the largest: here far from 1.
+        scale = 1e6 if backwards else 1
+        self.drive = scale * torch.randn(2, TOKENS, 4, generator=random, dtype=torch.float64)
         self.outputs = torch.full_like(self.drive, torch.nan)
         self.swept: list[Runs] = []
 
