@@ -164,14 +164,6 @@ def rules(sources: Path, target: Path, compiler: str, cuda: Cuda) -> str:
         rule("link", link, False),
     ]
     objects = []
-    if cuda.nvcc is not None:
-        flags = f"-O3 -std=c++17 -t 0 -Xcompiler -fPIC,-fvisibility=hidden {cuda.flags}"
-        command = f"{quoted(cuda.nvcc)} {host} {flags} -MMD -MF $out.d -c $in -o $out"
-        lines.append(rule("nvcc", command, True))
-        # First, and the longest of them before all: begun last it would be built alone.
-        for source in sorted(sources.glob("*.cu"), key=lambda source: ("grid" not in source.stem, source)):
-            objects.append(f"{source.stem}.cu.o")
-            lines.append(f"build {objects[-1]}: nvcc {escaped(source)}\n")
     for source in sorted(sources.glob("*.cpp")):
         variants = INSTRUCTIONS if source.stem.endswith("_sweep_cpu") else {"": ""}
         for name, flags in variants.items():
@@ -180,6 +172,14 @@ def rules(sources: Path, target: Path, compiler: str, cuda: Cuda) -> str:
                 extra = " ".join(["-O1", *includes, *words])
             objects.append(f"{source.stem}{name and '.'}{name}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(source)}\n  flags = {extra}\n")
+    if cuda.nvcc is not None:
+        flags = f"-O3 -std=c++17 -t 0 -Xcompiler -fPIC,-fvisibility=hidden {cuda.flags}"
+        command = f"{quoted(cuda.nvcc)} {host} {flags} -MMD -MF $out.d -c $in -o $out"
+        lines.append(rule("nvcc", command, True))
+        # The longest of them first: begun last it would be built alone.
+        for source in sorted(sources.glob("*.cu"), key=lambda source: ("grid" not in source.stem, source)):
+            objects.append(f"{source.stem}.cu.o")
+            lines.append(f"build {objects[-1]}: nvcc {escaped(source)}\n")
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}\n")
     return "\n".join(lines)
 
