@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,12 +155,6 @@ def meeting(rank: int, size: int, folder: str, timeout: float = TIMEOUT) -> Iter
     assert dist.group.WORLD is not None
     yield Line(dist.group.WORLD.group_name, rank, size)
     dist.destroy_process_group()
-
-
-def spawned(worker: Callable[..., None], size: int, folder: Path, *args: Any) -> list[Any]:
-    """What ``worker(rank, size, folder, *args)`` leaves in ``<rank>.pt``, in ``size`` processes."""
-    torch.multiprocessing.spawn(worker, args=(size, str(folder), *args), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def every_case(rank: int, size: int, folder: str) -> None:

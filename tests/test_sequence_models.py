@@ -11,7 +11,8 @@ from newllm.distributed.line import line_of
 from newllm.distributed.senri import parallelize
 from newllm.testing import largest
 from tests import sequence_models as models
-from tests.sequence_ranks import ALONE, spawned
+from tests.processes import spawned
+from tests.sequence_ranks import ALONE
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from newllm.testing import assert_no_worse, assert_rounding, largest
 from newllm.types import InfiniState
 from tests import sequence_ranks as ranks
 from tests.attention_cases import patch_once
+from tests.processes import spawned
 from tests.sequence_ranks import ALONE, CASES, SIZES
 
 WHOLE = (0, SIZES["tokens"])
@@ -29,7 +30,7 @@ LINEAR = ("linear", "linear wide", "linear bfloat16")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What 2, 3 and 4 ranks compute of every case."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    return ranks.spawned(ranks.every_case, request.param, folder)
+    return spawned(ranks.every_case, request.param, folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_contract_holds_under_opcheck(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("how", ["ends", "hangs"])
 def test_a_lost_rank_stops_the_others_in_time(how: str, tmp_path: Path) -> None:
     """Neighbours on both sides say which rank and what was to be exchanged, soon after 8 seconds at most."""
-    said = ranks.spawned(ranks.lost, 3, tmp_path, how)
+    said = spawned(ranks.lost, 3, tmp_path, how)
     for rank in (0, 2):
         message, seconds = said[rank]
         assert f"sequence parallelism stops: rank {rank} could not exchange" in message

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from newllm.distributed.line import Line, line_of
@@ -26,14 +29,36 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
         ValueError: for a model without Infini-attention.
     """
     line = mesh if isinstance(mesh, Line) else line_of(mesh)
-    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    layers, decoders = _parts(model)
     checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
     for attention in layers:
         attention.attend = partial(_attend, mesh=line)
-    for module in model.modules():
-        if isinstance(module, SenriModel):
-            module.sliced = True
+    for decoder in decoders:
+        decoder.sliced = True
     return model
+
+
+@contextmanager
+def sliced(model: nn.Module, line: Line, start: int) -> Iterator[None]:
+    """:func:`parallelize` for a while, with a cache: this rank's slice begins ``start`` tokens behind it."""
+    layers, decoders = _parts(model)
+    before = [attention.attend for attention in layers], [decoder.sliced for decoder in decoders]
+    for attention in layers:
+        attention.attend = partial(_attend, mesh=line, start=start)
+    for decoder in decoders:
+        decoder.sliced = True
+    try:
+        yield
+    finally:
+        for attention, attend in zip(layers, before[0], strict=True):
+            attention.attend = attend
+        for decoder, was in zip(decoders, before[1], strict=True):
+            decoder.sliced = was
+
+
+def _parts(model: nn.Module) -> tuple[list[InfiniAttention], list[SenriModel]]:
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    return layers, [module for module in model.modules() if isinstance(module, SenriModel)]
 
 
 def _attend(
@@ -50,6 +75,7 @@ def _attend(
     """What a layer calls in place of ``newllm.ops.infini_attention``."""
     only = "over several ranks"
     checks.require(padding_mask is None, "padding_mask", "a mask with padding", f"None {only}")
-    checks.require(detach == "none", "detach", repr(detach), f"'none' {only}")
-    checks.require(bptt_segments is None, "bptt_segments", bptt_segments, f"None {only}")
+    if torch.is_grad_enabled():
+        checks.require(detach == "none", "detach", repr(detach), f"'none' {only}")
+        checks.require(bptt_segments is None, "bptt_segments", bptt_segments, f"None {only}")
     return sequence_attention(q, k, v, beta, **options)

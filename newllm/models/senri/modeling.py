@@ -185,7 +185,7 @@ class SenriModel(SenriPreTrainedModel):
         """All layers over one chunk."""
         tokens, continued = hidden_states.shape[1], states[0] is not None
         rows = tokens + self._ring if self.sliced else rope_rows(tokens, self._ring, continued)
-        in_place = continued and tokens == 1 and not torch.is_grad_enabled()
+        in_place = continued and tokens == 1 and not (self.sliced or torch.is_grad_enabled())
         table = self.rotary.kept if in_place else self.rotary
         rope = table(rows, hidden_states)
         after: list[InfiniState | None] = []
