@@ -37,7 +37,7 @@ def spawned(worker: Callable[..., None], size: int, folder: Path, *args: Any) ->
 
 
 def command(words: list[str], size: int, folder: Path) -> Processes:
-    """``newllm`` with ``words`` in ``size`` processes, as torchrun starts them; what they say is in a log."""
+    """``newllm`` with ``words`` in ``size`` processes, as torchrun does; output in ``said`` and ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,22 +46,22 @@ def command(words: list[str], size: int, folder: Path) -> Processes:
 
 def succeeded(processes: Processes, folder: Path) -> None:
     """Wait for a :func:`command` that must succeed."""
-    codes = [_exit_code(process) for process in processes.processes]
+    codes = exit_codes(processes)
     assert codes == [0] * len(codes), (folder / "log").read_text()[-3000:]
 
 
-def _exit_code(process: Any) -> int | None:
-    process.join(300)
-    code: int | None = process.exitcode
-    return code
+def exit_codes(processes: Processes) -> list[int | None]:
+    """Of all, when they have ended."""
+    for process in processes.processes:
+        process.join(300)
+    return [process.exitcode for process in processes.processes]
 
 
 def _command(rank: int, words: list[str], size: int, port: int, folder: str) -> None:
     from newllm.cli import main
 
-    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    for stream, name in ((1, "said"), (2, "log")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     if size > 1:
         os.environ |= {name: str(value) for name, value in place.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from newllm.distributed.context import sequence_sweep
-from newllm.distributed.line import Line
+from newllm.distributed.line import Line, Messages
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds
-from newllm.reference import infini
+from newllm.reference import infini, slices
 from newllm.testing import Draw, Inputs, mapped
 from newllm.types import ContextParams, FeatureMap, InfiniState
 
@@ -199,29 +201,66 @@ def sent(line: Line, tokens: int) -> dict[str, int]:
 
 def lost(rank: int, size: int, folder: str, how: str) -> None:
     """One layer together, then rank 1 ends or hangs; what the others then say goes into ``<rank>.pt``."""
-    import time
-
     parts = [torch.randn(1, 2, 8, 4) for _ in "qkv"]
-    given: dict[str, Any] = {"window": 4, "segment": 4}
-    # A first call imports and compiles, which is no business of the timeout.
-    sequence_attention(*parts, torch.zeros(2), mesh=ALONE, **given)
-    with meeting(rank, size, folder, timeout=8) as line:
-        options = {"mesh": line, **given}
+    with meeting(rank, size, folder):
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
+        options = {"mesh": group, "window": 4, "segment": 4}
         sequence_attention(*parts, torch.zeros(2), **options)
         began, said = time.perf_counter(), ""
         if rank == 1:
-            if how == "ends":
-                torch.save(None, f"{folder}/{rank}.pt")
-                os._exit(0)
-            time.sleep(20)
-        else:
-            try:
-                for _ in range(3):
-                    sequence_attention(*parts, torch.zeros(2), **options)
-            except RuntimeError as error:
-                said = str(error)
+            torch.save(None, f"{folder}/{rank}.pt")
+            others = [Path(folder, f"{other}.pt") for other in range(size)]
+            while how == "hangs" and not all(path.exists() for path in others):
+                time.sleep(0.1)
+            os._exit(0)
+        try:
+            for _ in range(3):
+                sequence_attention(*parts, torch.zeros(2), **options)
+        except RuntimeError as error:
+            said = str(error)
         torch.save((said, time.perf_counter() - began), f"{folder}/{rank}.pt")
         os._exit(0)
+
+
+# Seconds that a rank waits for a lost neighbour, that a message takes, and that the window's part takes.
+PATIENCE, HOP, WORK = 4.0, 0.4, 0.8
+
+
+def overlapped(rank: int, size: int, folder: str) -> None:
+    """Seconds of a forward and of a backward pass whose messages and window's parts take HOP and WORK."""
+    window, window_backward, wait = slices.near, slices.finish_backward, Messages.wait
+
+    def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            time.sleep(seconds)
+            return function(*args)
+
+        return run
+
+    def arriving(messages: Messages) -> Tensor | None:
+        came = wait(messages)
+        # The memory, that is; keys and values have a window of 4 there.
+        time.sleep(HOP if came is not None and came.shape[2] != 4 else 0)
+        return came
+
+    with meeting(rank, size, folder) as line:
+        q, k, v = (torch.randn(1, 2, 8, 5, requires_grad=True) for _ in "qkv")
+        given = q, k, v, torch.zeros(2, requires_grad=True)
+        found = []
+        for way in ("warm", "timed"):
+            if way == "timed":
+                slices.near = slowly(window, WORK)
+                slices.finish_backward = slowly(window_backward, WORK)
+                Messages.wait = arriving  # type: ignore[method-assign]
+            dist.barrier()
+            began = time.perf_counter()
+            out, _ = sequence_attention(*given, mesh=line, window=4, segment=4)
+            found.append(time.perf_counter() - began)
+            dist.barrier()
+            began = time.perf_counter()
+            torch.autograd.grad(out.sum(), given)
+            found.append(time.perf_counter() - began)
+        torch.save(found[2:], f"{folder}/{rank}.pt")
 
 
 def context_inputs(scale: float) -> tuple[Tensor, Any]:

@@ -184,13 +184,21 @@ def test_contract_holds_under_opcheck(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("how", ["ends", "hangs"])
 def test_a_lost_rank_stops_the_others_in_time(how: str, tmp_path: Path) -> None:
-    """Neighbours on both sides say which rank and what was to be exchanged, soon after 8 seconds at most."""
+    """Neighbours on both sides say which rank and what was to be exchanged, soon after their patience."""
     said = spawned(ranks.lost, 3, tmp_path, how)
     for rank in (0, 2):
         message, seconds = said[rank]
         assert f"sequence parallelism stops: rank {rank} could not exchange" in message
         assert "with rank 1 of its line" in message
-        assert seconds < 16
+        assert seconds < 3 * ranks.PATIENCE
+
+
+def test_messages_travel_while_the_window_is_computed(tmp_path: Path) -> None:
+    """The rank at the far end waits for two hops or for its own window, whichever is longer; not for both."""
+    seconds = torch.tensor(spawned(ranks.overlapped, 3, tmp_path))
+    together = max(2 * ranks.HOP, ranks.WORK)
+    assert float(seconds.min()) >= ranks.WORK
+    assert float(seconds.max()) < together + ranks.HOP
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])

@@ -79,11 +79,9 @@ def _checked(session: Session, text: Input, line: Line) -> Tensor:
     places = torch.arange(1, ids.numel() + 1)
     facts = torch.tensor([ids.shape[1], read.pop(), int((ids.flatten() * places).sum())])
     low, high = _extremes(facts, line, model.device)
-    for name, few, most in zip(
-        ("tokens of text", "tokens read before", "sum of text"), low, high, strict=True
-    ):
-        same = "the same text and stream on all ranks"
-        checks.require(few == most, "text", f"{name} between {few} and {most}", same)
+    names = "tokens of text", "tokens read before", "sum of text"
+    for name, few, most in zip(names, low, high, strict=True):
+        checks.require(few == most, "text", f"{name} between {few} and {most}", "the same on all ranks")
     return ids
 
 
