@@ -63,7 +63,9 @@ def test_sliced_training_is_that_of_one_process_and_its_checkpoints_are_anyones(
     }
 
 
-def test_a_killed_rank_stops_the_launch_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", pytest.param("told", marks=pytest.mark.slow)])
+def test_a_lost_rank_stops_the_launch_and_leaves_the_checkpoint(how: str, tmp_path: Path) -> None:
+    """One of torchrun's processes is killed; or torchrun is told to stop, and tells all of them."""
     command = sliced_words(tmp_path, "cut", *SLICED, "--launch", "2", "--train.steps", "4000")
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -77,15 +79,19 @@ def test_a_killed_rank_stops_the_launch_and_leaves_the_checkpoint(tmp_path: Path
         while not (tmp_path / "cut" / "checkpoints" / "checkpoint-5").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        children = [int(pid) for pid in _children(process.pid)]
-        os.kill(children[-1], signal.SIGKILL)
+        if how == "killed":
+            children = [int(pid) for pid in _children(process.pid)]
+            os.kill(children[-1], signal.SIGKILL)
+        else:
+            process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode != 0
     newest, complaints = Checkpoints(tmp_path / "cut" / "checkpoints").newest()
     assert newest is not None
     assert complaints == []
-    assert "Signal 9 (SIGKILL)" in said or "exitcode  : -9" in said
+    assert how == "told" or "Signal 9 (SIGKILL)" in said or "exitcode  : -9" in said
     assert rows(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "last").exists()
 
 
 def _children(parent: int) -> list[str]:
