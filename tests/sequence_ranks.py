@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from newllm.distributed.context import sequence_sweep
-from newllm.distributed.line import Line, Messages
+from newllm.distributed.line import Line, Messages, line_of
+from newllm.distributed.prefill import prefill
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds
+from newllm.models.session import Session
 from newllm.reference import infini, slices
 from newllm.testing import Draw, Inputs, mapped
 from newllm.types import ContextParams, FeatureMap, InfiniState
+from tests.tiny_models import tiny_senri
 
 ALONE = Line("", 0, 1)
 SIZES = {"batch": 2, "heads": 8, "kv_heads": 4, "tokens": 48, "key": 6, "value": 5, "segment": 4}
@@ -167,6 +170,11 @@ def every_case(rank: int, size: int, folder: str) -> None:
             for kind, bounds in cuts(size).items():
                 found[name, kind] = one_slice(name, line, bounds[rank])
         found["bytes"] = [sent(line, tokens) for tokens in (48, 96)]
+        others = dist.new_group([*range(1, size)])
+        try:
+            line_of(others)
+        except ValueError as error:
+            found["outside"] = str(error)
         torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -206,6 +214,7 @@ def lost(rank: int, size: int, folder: str, how: str) -> None:
         group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
         options = {"mesh": group, "window": 4, "segment": 4}
         sequence_attention(*parts, torch.zeros(2), **options)
+        session = Session(tiny_senri())
         began, said = time.perf_counter(), ""
         if rank == 1:
             torch.save(None, f"{folder}/{rank}.pt")
@@ -215,7 +224,10 @@ def lost(rank: int, size: int, folder: str, how: str) -> None:
             os._exit(0)
         try:
             for _ in range(3):
-                sequence_attention(*parts, torch.zeros(2), **options)
+                if how == "ends before a prompt":
+                    prefill(session, torch.ones(64, dtype=torch.int64), mesh=group)
+                else:
+                    sequence_attention(*parts, torch.zeros(2), **options)
         except RuntimeError as error:
             said = str(error)
         torch.save((said, time.perf_counter() - began), f"{folder}/{rank}.pt")

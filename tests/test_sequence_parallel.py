@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,10 @@ def test_bytes_sent_are_the_formulas_whatever_the_length(found: list[Any]) -> No
         right, left = rank < len(found) - 1, rank > 0
         expected = {"forward": formula.forward * right, "backward": formula.forward * left}
         assert part["bytes"] == [expected, expected]
+
+
+def test_processes_outside_a_mesh_are_told(found: list[Any]) -> None:
+    assert found[0]["outside"] == "mesh must hold this process, rank 0, got a group without it"
 
 
 def test_traffic_counts_dtype_features_and_layers_without_memory() -> None:
@@ -182,14 +187,14 @@ def test_contract_holds_under_opcheck(name: str, monkeypatch: pytest.MonkeyPatch
     torch.library.opcheck(torch.ops.newllm.sequence_attention.default, tuple(args))
 
 
-@pytest.mark.parametrize("how", ["ends", "hangs"])
+@pytest.mark.parametrize("how", ["ends", "hangs", "ends before a prompt"])
 def test_a_lost_rank_stops_the_others_in_time(how: str, tmp_path: Path) -> None:
     """Neighbours on both sides say which rank and what was to be exchanged, soon after their patience."""
     said = spawned(ranks.lost, 3, tmp_path, how)
     for rank in (0, 2):
         message, seconds = said[rank]
         assert f"sequence parallelism stops: rank {rank} could not exchange" in message
-        assert "with rank 1 of its line" in message
+        assert re.search(r"with rank .*\b1\b.* of its line, which has ended, hangs", message)
         assert seconds < 3 * ranks.PATIENCE
 
 
@@ -211,8 +216,13 @@ def test_kernels_go_on_behind_earlier_keys(
     q, k, v = (torch.randn(1, heads, 96, 8, device=fused_device) for heads in (2, 1, 1))
     beta = torch.tensor([-1.0, 1.0], device=fused_device)
     options: dict[str, Any] = {"mesh": ALONE, "window": 32, "segment": 32, "rule": rule}
-    whole, state = sequence_attention(q, k, v, beta, backend="fused", **options)
-    _, before = sequence_attention(*(x[:, :, :32] for x in (q, k, v)), beta, backend="fused", **options)
+    angles = torch.arange(128.0, device=fused_device)[:, None] * torch.tensor(2 * [1, 0.1, 0.01, 0.001])
+    rope = angles.cos(), angles.sin()
+    whole, state = sequence_attention(q, k, v, beta, rope=rope, backend="fused", **options)
+    first, after_first = ([x[..., part, :] for x in rope] for part in (slice(0, 64), slice(32, 128)))
+    parts = (x[:, :, :32] for x in (q, k, v))
+    _, before = sequence_attention(*parts, beta, rope=tuple(first), backend="fused", **options)
+    options["rope"] = tuple(after_first)
     found = {}
     for backend in ("fused", "reference"):
         parts = [x[:, :, 32:].clone().requires_grad_() for x in (q, k, v)]

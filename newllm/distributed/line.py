@@ -145,8 +145,7 @@ def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
             raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh.mesh.tolist()}")
         mesh = mesh.get_group()
     if not isinstance(mesh, dist.ProcessGroup):
+        if mesh == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got a group without it")
         raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
-    rank = dist.get_rank(mesh)
-    if rank < 0:
-        raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got a group without it")
-    return Line(mesh.group_name, rank, mesh.size())
+    return Line(mesh.group_name, dist.get_rank(mesh), mesh.size())
