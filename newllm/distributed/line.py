@@ -144,8 +144,9 @@ def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
         if mesh.get_coordinate() is None:
             raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh.mesh.tolist()}")
         mesh = mesh.get_group()
-    if not isinstance(mesh, dist.ProcessGroup):
-        if mesh == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got a group without it")
+    group: object = mesh
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got a group without it")
+    if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
-    return Line(mesh.group_name, dist.get_rank(mesh), mesh.size())
+    return Line(group.group_name, dist.get_rank(group), group.size())
