@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from newllm.distributed.context import sequence_sweep
-from newllm.distributed.line import Line, Messages, line_of
+from newllm.distributed.line import Line, line_of
 from newllm.distributed.prefill import prefill
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds
 from newllm.models.session import Session
@@ -236,43 +237,68 @@ def lost(rank: int, size: int, folder: str, how: str) -> None:
 
 # Seconds that a rank waits for a lost neighbour, that a message takes, and that the window's part takes.
 PATIENCE, HOP, WORK = 4.0, 0.4, 0.8
+LAYERS = 3
+
+
+class Late:
+    """What :data:`HOP` seconds from now is sent; its sender does not wait."""
+
+    def __init__(self, post: Callable[..., Any], posted: list[dist.P2POp]) -> None:
+        # Kept: a message whose work is forgotten is lost.
+        self.works: list[dist.Work] = []
+        self.timer = Timer(HOP, lambda: self.works.extend(post(posted)))
+        self.timer.start()
+
+    def wait(self) -> None:
+        """The message is on its way."""
 
 
 def overlapped(rank: int, size: int, folder: str) -> None:
-    """Seconds of a forward and of a backward pass whose messages and window's parts take HOP and WORK."""
-    window, window_backward, wait = slices.near, slices.finish_backward, Messages.wait
+    """Seconds of a layer forwards, backwards, and of LAYERS, whose memories and steps take HOP and WORK."""
+    post, whole = (
+        dist.batch_isend_irecv,
+        {name: getattr(slices, name) for name in ("near", "finish_backward", "read")},
+    )
+    late: list[Late] = []
 
-    def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slowly(name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            time.sleep(seconds)
-            return function(*args)
+            time.sleep(WORK)
+            return whole[name](*args)
 
         return run
 
-    def arriving(messages: Messages) -> Tensor | None:
-        came = wait(messages)
-        # The memory, that is; keys and values have a window of 4 there.
-        time.sleep(HOP if came is not None and came.shape[2] != 4 else 0)
-        return came
+    def posting(posted: list[dist.P2POp]) -> Any:
+        # The memory is sent alone; keys and values are shifted, and arrive at once.
+        if [each.op for each in posted] != [dist.isend] or posted[0].tag == 0:
+            return post(posted)
+        late.append(Late(post, posted))
+        return late[-1:]
+
+    def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+        dist.barrier()
+        began = time.perf_counter()
+        found = run()
+        return time.perf_counter() - began, found
 
     with meeting(rank, size, folder) as line:
         q, k, v = (torch.randn(1, 2, 8, 5, requires_grad=True) for _ in "qkv")
         given = q, k, v, torch.zeros(2, requires_grad=True)
-        found = []
-        for way in ("warm", "timed"):
-            if way == "timed":
-                slices.near = slowly(window, WORK)
-                slices.finish_backward = slowly(window_backward, WORK)
-                Messages.wait = arriving  # type: ignore[method-assign]
-            dist.barrier()
-            began = time.perf_counter()
-            out, _ = sequence_attention(*given, mesh=line, window=4, segment=4)
-            found.append(time.perf_counter() - began)
-            dist.barrier()
-            began = time.perf_counter()
-            torch.autograd.grad(out.sum(), given)
-            found.append(time.perf_counter() - began)
-        torch.save(found[2:], f"{folder}/{rank}.pt")
+
+        def forward() -> Tensor:
+            return sequence_attention(*given, mesh=line, window=4, segment=4)[0].sum()
+
+        torch.autograd.grad(forward(), given)
+        dist.batch_isend_irecv = posting
+        slices.near, slices.finish_backward = slowly("near"), slowly("finish_backward")
+        first, out = timed(forward)
+        second, _ = timed(lambda: torch.autograd.grad(out, given))
+        slices.near, slices.read = whole["near"], slowly("read")
+        third, _ = timed(lambda: [forward() for _ in range(LAYERS)])
+        for message in late:
+            message.timer.join()
+        dist.barrier()
+        torch.save([first, second, third], f"{folder}/{rank}.pt")
 
 
 def context_inputs(scale: float) -> tuple[Tensor, Any]:

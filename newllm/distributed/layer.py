@@ -121,14 +121,14 @@ def sequence_attention(*arguments: Any) -> tuple[Tensor, ...]:
         work = partial(fold, compute, line, own, call, compute.added(own, call), before)
         folding = beside(work, k.device, waits=not line.first)
     keys, values = (given.keys, given.values) if line.first else (None, None)
-    if halo is not None and (came := halo.wait()) is not None:
+    if halo is not None and (came := halo.came()) is not None:
         keys, values = came[..., : k.shape[3]], came[..., k.shape[3] :]
     seen = [] if keys is None or values is None else [torch.cat(each, 2) for each in ((keys, k), (values, v))]
     x = given.slice(*(seen or (k, v)))
     near = compute.near(x, call)
     memory, sent = (None, []) if folding is None else folding()
     out, lse = compute.read(x, call, near, *((None, None) if memory is None else memory[:2]))
-    _finish(sent)
+    _finish([*sent, halo] if halo else sent)
     nothing = given.q.new_empty(0)
     kept = memory or [nothing.new_empty(0, dtype=state_dtype(nothing.dtype)) for _ in range(4)]
     seen = seen or [nothing, nothing.clone()]

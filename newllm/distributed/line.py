@@ -92,7 +92,9 @@ class Line(NamedTuple):
         answering = partial(self._answering, what, peers)
         with answering():
             works = dist.batch_isend_irecv(posted) if posted else []
-        return Messages(works, received, sent, answering)
+        # Of both together there may be one handle.
+        receiving = works if len(works) < len(posted) else works[: received is not None]
+        return Messages(receiving, works[len(receiving) :], received, sent, answering)
 
     @contextmanager
     def _answering(self, what: str, peers: list[int]) -> Iterator[None]:
@@ -109,23 +111,33 @@ class Line(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """Messages on their way, to be waited for once; ``answering`` explains where nobody answers."""
+    """Messages on their way, each to be waited for once; ``answering`` explains where nobody answers."""
 
-    works: list[dist.Work]
+    receiving: list[dist.Work]
+    sending: list[dist.Work]
     received: Tensor | None
     # What is sent has to stay until it is.
     sent: Tensor | None
     answering: Callable[[], AbstractContextManager[None]]
 
-    def wait(self) -> Tensor | None:
-        """What came, None at the line's end.
+    def came(self) -> Tensor | None:
+        """What came, None at the line's end; a neighbour that is behind need not have taken what was sent.
 
         Raises RuntimeError where a neighbour does not answer within the process group's timeout.
         """
-        for work in self.works:
-            with self.answering():
-                work.wait()
+        self._done(self.receiving)
         return self.received
+
+    def wait(self) -> Tensor | None:
+        """What came, when all has been sent too; to be called in the end. Raises as :meth:`came`."""
+        self._done(self.receiving)
+        self._done(self.sending)
+        return self.received
+
+    def _done(self, works: list[dist.Work]) -> None:
+        while works:
+            with self.answering():
+                works.pop().wait()
 
 
 def line_of(mesh: DeviceMesh | dist.ProcessGroup) -> Line:
