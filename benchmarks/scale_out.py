@@ -3,7 +3,8 @@
 ``python benchmarks/scale_out.py --out DIR --processes 2`` writes ``DIR/scale_out.jsonl``, one row per
 measurement, by launching each of PARTS with torchrun under a time limit of its own: ``exact`` (bits and
 errors against one GPU), ``layer`` (forward and backward on one GPU and on all), ``step`` (a SmolLM2-135M
-shape: forward, loss, backward, AdamW), ``forward`` (millions of tokens, the memory's error against float64),
+shape: forward, loss, backward, AdamW), ``prefill`` (a prompt read by that model, and the states it leaves),
+``forward`` (millions of tokens through a layer, the memory's error against float64),
 ``hop`` (a message to the neighbour), ``compiled`` (the step under torch.compile). A row on one GPU is timed
 on all at the same time, so that they share clocks and heat; the fastest counts. A row is on the disk as soon
 as it is measured; a part that fails or takes too long is named and the next begins. ``--parts`` chooses
@@ -32,9 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from newllm import ops
 from newllm.backend import process, training_device
 from newllm.distributed.line import Line, line_of
+from newllm.distributed.prefill import prefill
 from newllm.distributed.senri import parallelize
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds, traffic
 from newllm.models import SenriConfig, SenriForCausalLM
+from newllm.models.session import Session
 from newllm.modules.rotary import Rotary
 from newllm.runs import provenance
 from newllm.training.losses import batch_loss
@@ -277,8 +280,39 @@ def training_steps(bench: Bench, sizes: dict[str, Any], tokens: int, window: int
     bench.row("step speedup", tokens=tokens, compiled=compiled, speedup=ms[True] / ms[False])
 
 
+def prompts(bench: Bench, sizes: dict[str, Any], tokens: int, window: int, dtype: torch.dtype) -> None:
+    """A prompt read by one session, and by all together; the largest difference of the first memory."""
+    line, device, ms, memories = bench.line, bench.device, {}, []
+    config = SenriConfig(**sizes, sliding_window=window, gate="tanh")
+    torch.manual_seed(0)
+    model: Any = SenriForCausalLM(config).to(device, dtype).eval()
+    ids = torch.randint(sizes["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(0))
+    for alone in (True, False):
+        session = Session(model)
+
+        def read(session: Session = session, alone: bool = alone) -> None:
+            session.reset()
+            if alone:
+                session.feed(ids)
+            else:
+                prefill(session, ids, mesh=line)
+
+        read()
+        layer = config.memory_layers[0]
+        memories.append(session.snapshot().states[layer].matrix)
+        ms[alone] = bench.race(
+            "prefill", read, alone=alone, tokens=tokens, window=window, chunk=session.chunk,
+            state_bytes=session.state_bytes,
+        )  # fmt: skip
+    difference = relative(memories[1], memories[0])
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    bench.row(
+        "prefill speedup", tokens=tokens, speedup=ms[True] / ms[False], memory_difference=float(difference)
+    )
+
+
 # Part -> seconds it may take, Triton's compilation included.
-PARTS = {"exact": 75, "layer": 75, "step": 60, "forward": 45, "hop": 30, "compiled": 150}
+PARTS = {"exact": 75, "layer": 75, "step": 60, "prefill": 60, "forward": 45, "hop": 30, "compiled": 150}
 
 
 def parts_of(bench: Bench, part: str) -> None:
@@ -286,11 +320,11 @@ def parts_of(bench: Bench, part: str) -> None:
     if bench.device.type == "cuda":
         dtype, window, k = torch.bfloat16, 1024, 1024
         small, lengths, long, train = 16 * k, [512 * k, 256 * k, 128 * k], 4096 * k, 64 * k
-        sizes, hops = SMOLLM2, [2**10, 2**17, 2**20, 2**23, 2**26]
+        prompt, sizes, hops = 256 * k, SMOLLM2, [2**10, 2**17, 2**20, 2**23, 2**26]
     else:
         dtype, window = torch.float32, 16
         small, lengths, long, train = 128, [128, 64], 256, 64
-        sizes, hops = TINY, [2**10, 2**17]
+        prompt, sizes, hops = 2048, TINY, [2**10, 2**17]
     if part == "exact":
         for shape in SHAPES:
             exact(bench, shape, small, window, dtype)
@@ -300,6 +334,8 @@ def parts_of(bench: Bench, part: str) -> None:
                 layers(bench, shape, [tokens], window, dtype)
     elif part == "forward":
         long_forward(bench, "8B", long, window, dtype)
+    elif part == "prefill":
+        prompts(bench, sizes, prompt, window, dtype)
     elif part == "hop":
         hop(bench, hops)
     else:

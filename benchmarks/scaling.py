@@ -1,13 +1,15 @@
 """Fill ``docs/scaling.md`` from ``benchmarks/results/scale_out.jsonl``: a model of time and bytes.
 
 ``python benchmarks/scaling.py [--rows FILE] [--page FILE]`` replaces what stands between the page's two
-marks. For slices of n tokens on P ranks a layer's forward and backward takes
+marks. For slices of n tokens on P ranks the forward and backward pass of L layers takes
 
-    seconds = a n + b + 2 (P - 1) (chain n + latency + message / bandwidth) + halo / bandwidth
+    seconds = L (a n + b + halo / bandwidth) + (P - 1) hop + max(0, (P - 1) hop - a n / 2)
+    hop = chain n + latency + message / bandwidth
 
 a and b are fitted to the rows of one GPU, latency and bandwidth to those of a single hop. ``chain`` is what a
 token costs in the fold from rank to rank: its share of a segment's K (V + 1) sums, read and written once at
-the memory's bandwidth. It is the only term that grows with the ranks.
+the memory's bandwidth. Hops are the only term that grows with the ranks. They are paid once, not in each
+layer, since ranks run askew, and backwards they hide behind the window's gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ ROWS, PAGE = ROOT / "benchmarks/results/scale_out.jsonl", ROOT / "docs/scaling.m
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Bytes per second that a chain of sums reaches, about two thirds of what a copy does.
 MEMORY_BANDWIDTH = 2e12
+# Their share of a layer's forward and backward time.
+WINDOW_GRADIENTS = 0.5
+# Of a model whose prediction stands beside that of a single layer.
+LAYERS = 32
 RANKS = (1, 2, 8, 64, 256, 1024)
 TOKENS = (2**19, 2**22, 10**7, 10**8)
 Row = dict[str, Any]
@@ -43,16 +49,18 @@ class Model(NamedTuple):
     state: int
     segment: int
 
-    def seconds(self, tokens: int, ranks: int) -> float:
-        """Forward and backward of one layer over ``tokens`` in even slices."""
+    def seconds(self, tokens: int, ranks: int, layers: int = 1) -> float:
+        """Forward and backward of some layers over ``tokens`` in even slices."""
         own = tokens / ranks
+        work = self.per_token * own + self.fixed
         if ranks == 1:
-            return self.per_token * own + self.fixed
+            return layers * work
         # A segment's sums are read and what stands before it is written.
         chain = own / self.segment * 1.5 * self.state / MEMORY_BANDWIDTH
         hop = chain + self.latency + self.state / self.bandwidth
         halo = (self.sent - 2 * self.state) / self.bandwidth
-        return self.per_token * own + self.fixed + 2 * (ranks - 1) * hop + halo
+        way = (ranks - 1) * hop
+        return layers * (work + halo) + way + max(0.0, way - WINDOW_GRADIENTS * self.per_token * own)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -89,7 +97,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
 def measured(rows: list[Row]) -> list[str]:
     """What was measured, and how near the model comes."""
     lines = ["### Measured", ""]
-    timed = [row for row in rows if row["part"] in ("layer", "step", "forward")]
+    timed = [row for row in rows if row["part"] in ("layer", "step", "prefill", "forward")]
     cells = []
     for row in timed:
         model = fit(rows, row["shape"]) if row["part"] == "layer" else None
@@ -138,10 +146,14 @@ def predicted(rows: list[Row]) -> list[str]:
             for ranks in RANKS:
                 if tokens // ranks >= model.segment:
                     now = model.seconds(tokens, ranks)
-                    cells.append((f"{tokens:,}", f"{ranks:,}", f"{1e3 * now:,.2f}", f"{one / now:,.1f}",
-                                  f"{one / now / ranks:.2f}"))  # fmt: skip
+                    deep = LAYERS * one / model.seconds(tokens, ranks, LAYERS)
+                    cells.append((
+                        f"{tokens:,}", f"{ranks:,}", f"{1e3 * now:,.2f}", f"{one / now:,.1f}",
+                        f"{one / now / ranks:.2f}", f"{deep:,.1f}", f"{deep / ranks:.2f}",
+                    ))  # fmt: skip
         lines += [f"### Predicted, shape {shape}", ""]
-        lines += table(("tokens", "GPUs", "ms of a layer, fwd+bwd", "times one GPU", "efficiency"), cells)
+        head = "tokens", "GPUs", "ms of a layer, fwd+bwd", "times one GPU", "efficiency"
+        lines += table((*head, f"{LAYERS} layers, times one GPU", "efficiency"), cells)
         lines += [
             f"Fitted: {1e9 * model.per_token:.3f} ns a token and {1e3 * model.fixed:.3f} ms; a hop "
             f"{1e6 * model.latency:.1f} us and {model.bandwidth / 1e9:.1f} GB/s; "

@@ -17,7 +17,7 @@ from newllm.kernels.memory import Correction, Outgoing, weight_gradient, write, 
 from newllm.kernels.memory_fold_backward import Gradients, fold_backward
 from newllm.kernels.memory_layout import Layout
 from newllm.kernels.memory_scan import Chain
-from newllm.kernels.rotate import measured_keys, rotated
+from newllm.kernels.rotate import Keys, measured_keys, rotated
 
 
 class Call(Protocol):
@@ -99,75 +99,97 @@ class Slopes(NamedTuple):
 def forward(x: Inputs, call: Call) -> tuple[Tensor, Tensor, Chain | None]:
     """One layer over T new tokens: the output, its log-sum-exp and what the memory became."""
     if x.beta is None:
-        return *read(x, call, None, None), None
+        return *read(x, call, measured_keys(x.k, x.rope), None, None), None
     scale, bias = learned(x.scale, x.bias)
     written = write(
         *x.new(), x.memory(call), scale, bias, matrix=x.matrix, norm=x.norm, weight=x.weight,
         delta=_correction(call), states=memory_dtype(x.q.dtype),
     )  # fmt: skip
-    return *read(x, call, written.before, written.norms), written
+    return *read(x, call, measured_keys(x.k, x.rope), written.before, written.norms), written
 
 
-def read(x: Inputs, call: Call, before: Tensor | None, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Window and memory: the output and its log-sum-exp, from the memory before each segment."""
-    recall = None
-    if x.beta is not None:
-        recall = Recall(before, norms, _share(x.beta, call.gate), *learned(x.scale, x.bias), call.eps)
-    return attend(x.q, measured_keys(x.k, x.rope), x.v, x.attention(call), x.rope, recall)
+def read(
+    x: Inputs, call: Call, keys: Keys, before: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Window and memory: the output and its log-sum-exp, from rotated keys and memories before segments."""
+    recall = _recall(x, call, before, norms)
+    return attend(x.q, keys, x.v, x.attention(call), x.rope, recall)
+
+
+def _recall(x: Inputs, call: Call, before: Tensor | None, norms: Tensor | None) -> Recall | None:
+    if x.beta is None:
+        return None
+    return Recall(before, norms, _share(x.beta, call.gate), *learned(x.scale, x.bias), call.eps)
+
+
+class Begun(NamedTuple):
+    """A backward pass when what reaches the memories is known, and the window's part is to be done.
+
+    Inputs as the kernels take them, ``dq`` with the rotated queries until it holds their gradient, and the
+    gradients of the memory ``before`` each segment and of its ``norms``, None without memory.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    dq: Tensor
+    recall: Recall | None
+    ready: Prepared
+    before: Tensor | None
+    norms: Tensor | None
 
 
 class ReadSlopes(NamedTuple):
-    """Gradients of what ``read`` read; ``asked [2, HKV]`` is the queries' share of scale's and bias's."""
+    """Gradients of what was read; ``asked [2, HKV]`` is the queries' share of scale's and bias's."""
 
     inputs: Slopes
-    before: Tensor | None = None
-    norms: Tensor | None = None
-    asked: Tensor | None = None
+    asked: Tensor | None
 
 
 def backward(
     x: Inputs, call: Call, saved: Saved, do: Tensor, dmatrix: Tensor | None, dnorm: Tensor | None
 ) -> Slopes:
     """Gradients from those of the output and of the memory after the call."""
-    found = read_backward(x, call, saved, do)
+    begun = begin_backward(x, call, saved, do)
+    found = finish_backward(x, call, saved, begun)
     if x.beta is None:
         return found.inputs
     assert saved.before is not None
     k, delta = x.new()[0], _correction(call)
     gradients = write_backward(
-        k, x.memory(call), saved.before.shape, Outgoing(found.before, found.norms, dmatrix, dnorm),
+        k, x.memory(call), saved.before.shape, Outgoing(begun.before, begun.norms, dmatrix, dnorm),
         *learned(x.scale, x.bias), before=saved.before, norms=saved.norms, delta=delta, reach=call.reach,
         dtype=memory_dtype(k.dtype),
     )  # fmt: skip
     return through_memory(x, call, None if delta is None else saved.norms, gradients, found)
 
 
-def read_backward(x: Inputs, call: Call, saved: Saved, do: Tensor) -> ReadSlopes:
-    """Gradients of inputs and memories from that of the output."""
-    layout = x.attention(call)
+def begin_backward(x: Inputs, call: Call, saved: Saved, do: Tensor) -> Begun:
+    """Gradients of the memories that were read, from that of the output."""
     q, k, v, do = (rows_contiguous(each) for each in (x.q, x.k, x.v, do))
     # Rotated queries lie where their gradient will be written: each tile is read last by its own program.
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
-    if x.beta is None:
-        ready = prepare(q, v, saved.out, do, layout, x.rope, None, dq)
-        dk, dv = key_gradients(queries, keys, v, do, saved.lse, ready.delta, layout)
-        rotated(dk, x.rope, dk, back=True)
-        query_gradients(q, queries, keys, v, do, saved.lse, layout, x.rope, None, ready, dq)
-        return ReadSlopes(Slopes(dq, dk, dv))
-    scale, bias = learned(x.scale, x.bias)
-    share = _share(x.beta, call.gate)
-    recall = Recall(saved.before, saved.norms, share, scale, bias, call.eps)
+    layout, recall = x.attention(call), _recall(x, call, saved.before, saved.norms)
     ready = prepare(q, v, saved.out, do, layout, x.rope, recall, dq)
-    states, norms = recall_gradients(q, do, ready, layout, recall)
-    # Weights that carry the window's share of the output; finite where it has none.
-    local = (1 - share).clamp(min=torch.finfo(torch.float32).tiny)
-    level = saved.lse - local.to(saved.lse.dtype).log2()[:, None]
+    states, norms = (None, None) if recall is None else recall_gradients(q, do, ready, layout, recall)
+    return Begun(q, k, v, do, dq, recall, ready, states, norms)
+
+
+def finish_backward(x: Inputs, call: Call, saved: Saved, begun: Begun) -> ReadSlopes:
+    """Gradients of queries, keys, values and gate through the window and what was read."""
+    q, k, v, do, dq, recall, ready = begun[:7]
+    layout, level = x.attention(call), saved.lse
+    if recall is not None:
+        # Weights that carry the window's share of the output; finite where it has none.
+        local = (1 - recall.gate).clamp(min=torch.finfo(torch.float32).tiny)
+        level = level - local.to(level.dtype).log2()[:, None]
+    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     dk, dv = key_gradients(queries, keys, v, do, level, ready.delta, layout)
     rotated(dk, x.rope, dk, back=True)
     asked = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
-    slopes = Slopes(dq, dk, dv, _gate_slope(share, call.gate, ready))
-    return ReadSlopes(slopes, states, norms, asked)
+    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready)
+    return ReadSlopes(Slopes(dq, dk, dv, dbeta), asked)
 
 
 def through_memory(

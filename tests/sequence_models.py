@@ -31,12 +31,13 @@ def model_and_batches() -> tuple[Any, list[Tensor]]:
     return model, [torch.randint(256, (2, 48), generator=draw) for _ in range(2)]
 
 
-def one_process() -> tuple[float, dict[str, Tensor]]:
-    """The mean loss of the two batches, and its gradients."""
+def one_process(count: int) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss of the first ``count`` batches, and its gradients."""
     model, batches = model_and_batches()
-    loss = sum(_loss(model, ids, 0, 48) for ids in batches) / len(batches)
-    loss.backward()  # type: ignore[union-attr]
-    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+    losses = [_loss(model, ids, 0, 48) for ids in batches[:count]]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def _loss(model: Any, ids: Tensor, first: int, end: int) -> Tensor:
@@ -46,15 +47,15 @@ def _loss(model: Any, ids: Tensor, first: int, end: int) -> Tensor:
 
 
 def every_way(rank: int, size: int, folder: str, ways: tuple[str, ...]) -> None:
-    """Loss and gradients on a mesh of two batches by ``size / 2`` slices, in each of ``ways``."""
+    """Loss and gradients on a mesh of ``size / 2`` batches by two slices, in each of ``ways``."""
     with meeting(rank, size, folder):
-        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "sequence"))
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "sequence"))
         found = {}
         for way in ways:
             model, batches = model_and_batches()
             parallelize(model, mesh["sequence"])
             ids = batches[mesh.get_local_rank("data")]
-            bounds = slice_bounds(48, size // 2, segment=8, window=8)[mesh.get_local_rank("sequence")]
+            bounds = slice_bounds(48, 2, segment=8, window=8)[mesh.get_local_rank("sequence")]
             if way == "sharded":
                 new = hasattr(model, "activation_checkpointing_enable")
                 getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")()

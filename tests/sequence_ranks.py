@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from newllm.distributed.context import sequence_sweep
-from newllm.distributed.line import Line
+from newllm.distributed.line import Line, line_of
+from newllm.distributed.prefill import prefill
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds
-from newllm.reference import infini
+from newllm.models.session import Session
+from newllm.reference import infini, slices
 from newllm.testing import Draw, Inputs, mapped
 from newllm.types import ContextParams, FeatureMap, InfiniState
+from tests.tiny_models import tiny_senri
 
 ALONE = Line("", 0, 1)
 SIZES = {"batch": 2, "heads": 8, "kv_heads": 4, "tokens": 48, "key": 6, "value": 5, "segment": 4}
@@ -158,12 +163,6 @@ def meeting(rank: int, size: int, folder: str, timeout: float = TIMEOUT) -> Iter
     dist.destroy_process_group()
 
 
-def spawned(worker: Callable[..., None], size: int, folder: Path, *args: Any) -> list[Any]:
-    """What ``worker(rank, size, folder, *args)`` leaves in ``<rank>.pt``, in ``size`` processes."""
-    torch.multiprocessing.spawn(worker, args=(size, str(folder), *args), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 def every_case(rank: int, size: int, folder: str) -> None:
     """All cases, over even and over uneven slices, and what was sent for sequences of two lengths."""
     with meeting(rank, size, folder) as line:
@@ -172,6 +171,11 @@ def every_case(rank: int, size: int, folder: str) -> None:
             for kind, bounds in cuts(size).items():
                 found[name, kind] = one_slice(name, line, bounds[rank])
         found["bytes"] = [sent(line, tokens) for tokens in (48, 96)]
+        others = dist.new_group([*range(1, size)])
+        try:
+            line_of(others)
+        except ValueError as error:
+            found["outside"] = str(error)
         torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -206,29 +210,95 @@ def sent(line: Line, tokens: int) -> dict[str, int]:
 
 def lost(rank: int, size: int, folder: str, how: str) -> None:
     """One layer together, then rank 1 ends or hangs; what the others then say goes into ``<rank>.pt``."""
-    import time
-
     parts = [torch.randn(1, 2, 8, 4) for _ in "qkv"]
-    given: dict[str, Any] = {"window": 4, "segment": 4}
-    # A first call imports and compiles, which is no business of the timeout.
-    sequence_attention(*parts, torch.zeros(2), mesh=ALONE, **given)
-    with meeting(rank, size, folder, timeout=8) as line:
-        options = {"mesh": line, **given}
+    with meeting(rank, size, folder):
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
+        options = {"mesh": group, "window": 4, "segment": 4}
         sequence_attention(*parts, torch.zeros(2), **options)
+        session = Session(tiny_senri())
         began, said = time.perf_counter(), ""
         if rank == 1:
-            if how == "ends":
-                torch.save(None, f"{folder}/{rank}.pt")
-                os._exit(0)
-            time.sleep(20)
-        else:
-            try:
-                for _ in range(3):
+            torch.save(None, f"{folder}/{rank}.pt")
+            others = [Path(folder, f"{other}.pt") for other in range(size)]
+            while how == "hangs" and not all(path.exists() for path in others):
+                time.sleep(0.1)
+            os._exit(0)
+        try:
+            for _ in range(3):
+                if how == "ends before a prompt":
+                    prefill(session, torch.ones(64, dtype=torch.int64), mesh=group)
+                else:
                     sequence_attention(*parts, torch.zeros(2), **options)
-            except RuntimeError as error:
-                said = str(error)
+        except RuntimeError as error:
+            said = str(error)
         torch.save((said, time.perf_counter() - began), f"{folder}/{rank}.pt")
         os._exit(0)
+
+
+# Seconds that a rank waits for a lost neighbour, that a message takes, and that the window's part takes.
+PATIENCE, HOP, WORK = 4.0, 0.4, 0.8
+LAYERS = 3
+
+
+class Late:
+    """What :data:`HOP` seconds from now is sent; its sender does not wait."""
+
+    def __init__(self, post: Callable[..., Any], posted: list[dist.P2POp]) -> None:
+        # Kept: a message whose work is forgotten is lost.
+        self.works: list[dist.Work] = []
+        self.timer = Timer(HOP, lambda: self.works.extend(post(posted)))
+        self.timer.start()
+
+    def wait(self) -> None:
+        """The message is on its way."""
+
+
+def overlapped(rank: int, size: int, folder: str) -> None:
+    """Seconds of a layer forwards, backwards, and of LAYERS, whose memories and steps take HOP and WORK."""
+    post, whole = (
+        dist.batch_isend_irecv,
+        {name: getattr(slices, name) for name in ("near", "finish_backward", "read")},
+    )
+    late: list[Late] = []
+
+    def slowly(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            time.sleep(WORK)
+            return whole[name](*args)
+
+        return run
+
+    def posting(posted: list[dist.P2POp]) -> Any:
+        # The memory is sent alone; keys and values are shifted, and arrive at once.
+        if [each.op for each in posted] != [dist.isend] or posted[0].tag == 0:
+            return post(posted)
+        late.append(Late(post, posted))
+        return late[-1:]
+
+    def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+        dist.barrier()
+        began = time.perf_counter()
+        found = run()
+        return time.perf_counter() - began, found
+
+    with meeting(rank, size, folder) as line:
+        q, k, v = (torch.randn(1, 2, 8, 5, requires_grad=True) for _ in "qkv")
+        given = q, k, v, torch.zeros(2, requires_grad=True)
+
+        def forward() -> Tensor:
+            return sequence_attention(*given, mesh=line, window=4, segment=4)[0].sum()
+
+        torch.autograd.grad(forward(), given)
+        dist.batch_isend_irecv = posting
+        slices.near, slices.finish_backward = slowly("near"), slowly("finish_backward")
+        first, out = timed(forward)
+        second, _ = timed(lambda: torch.autograd.grad(out, given))
+        slices.near, slices.read = whole["near"], slowly("read")
+        third, _ = timed(lambda: [forward() for _ in range(LAYERS)])
+        for message in late:
+            message.timer.join()
+        dist.barrier()
+        torch.save([first, second, third], f"{folder}/{rank}.pt")
 
 
 def context_inputs(scale: float) -> tuple[Tensor, Any]:

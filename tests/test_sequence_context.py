@@ -13,12 +13,13 @@ from newllm import ops
 from newllm.distributed.context import sequence_sweep
 from newllm.testing import assert_rounding, largest
 from tests import sequence_ranks as ranks
+from tests.processes import spawned
 from tests.sequence_ranks import ALONE
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return ranks.spawned(ranks.every_sweep, 3, tmp_path_factory.mktemp("sweeps"))
+    return spawned(ranks.every_sweep, 3, tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,19 @@ from newllm.distributed.line import line_of
 from newllm.distributed.senri import parallelize
 from newllm.testing import largest
 from tests import sequence_models as models
-from tests.sequence_ranks import ALONE, spawned
+from tests.processes import spawned
+from tests.sequence_ranks import ALONE
 
 
 @pytest.mark.parametrize(
-    "ways", [("plain", "sharded"), pytest.param(("compiled",), marks=pytest.mark.slow)], ids=str
+    ("batches", "ways"), [(2, ("plain", "sharded")), (1, ("compiled",))], ids=["parallel", "compiled"]
 )
-def test_slices_beside_other_dimensions_learn_as_one_process(ways: tuple[str, ...], tmp_path: Path) -> None:
-    """Two batches by two slices: DDP, FSDP2 with activation checkpointing, and compiled DDP."""
-    found = spawned(models.every_way, 4, tmp_path, ways)
-    loss, slopes = models.one_process()
+def test_slices_beside_other_dimensions_learn_as_one_process(
+    batches: int, ways: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Batches by two slices: DDP, FSDP2 with activation checkpointing, and compiled DDP."""
+    found = spawned(models.every_way, 2 * batches, tmp_path, ways)
+    loss, slopes = models.one_process(batches)
     for own_loss, own in (part[way] for part in found for way in ways):
         assert abs(own_loss - loss) <= 64 * torch.finfo(torch.float32).eps * abs(loss)
         assert own.keys() == slopes.keys()

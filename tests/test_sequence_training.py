@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from newllm.testing import largest
 from newllm.training.checkpoints import Checkpoints
 from newllm.training.losses import batch_loss
 from newllm.training.slicing import Slicing
-from tests.test_training_parallel import ROOT, curve, environment, run, words
+from tests.test_training_parallel import curve, cut, run, words
 from tests.training_parts import rows
 
-LAUNCHED = ("--launch", "2", "--train.sequence-ranks", "2")
+SLICED = ("--train.sequence-ranks", "2")
 
 
 def sliced_words(folder: Path, name: str, *more: str) -> list[str]:
@@ -32,18 +33,6 @@ def sliced_words(folder: Path, name: str, *more: str) -> list[str]:
 def close(one: list[float], two: list[float]) -> bool:
     """What the log shows has four digits after the point; sums of two slices round alike."""
     return len(one) == len(two) and max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-4
-
-
-def cut_and_resumed(folder: Path, name: str, first: tuple[str, ...], then: tuple[str, ...]) -> None:
-    """A run that SIGTERM stops after its first checkpoint, and that goes on in another layout."""
-    command = sliced_words(folder, name, *first)
-    with subprocess.Popen(command, cwd=ROOT, env=environment(folder), stderr=subprocess.DEVNULL) as process:
-        while not (folder / name / "checkpoints" / "checkpoint-5").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-    assert not (folder / name / "last").exists()
-    run(folder, sliced_words(folder, name, *then, "--resume"))
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +48,30 @@ def test_sliced_training_is_that_of_one_process_and_its_checkpoints_are_anyones(
     turned: bool, one: Path
 ) -> None:
     """Some steps on two slices and the rest on one process; or the other way round."""
-    layouts = ((), LAUNCHED) if turned else (LAUNCHED, ())
-    cut_and_resumed(one, f"turned{turned}", *layouts)
+    name = f"turned{turned}"
+    layouts = [(2, sliced_words(one, name, *SLICED)), (1, sliced_words(one, name))]
+    (size, before), (then, after) = layouts[::-1] if turned else layouts
+    cut(one, before, size, one / name / "checkpoints" / "checkpoint-5")
+    assert not (one / name / "last").exists()
+    run(one, [*after, "--resume"], then)
     for key, count in (("loss", 12), ("eval_loss", 3)):
         assert len(curve(one / "one", key)) == count
-        assert close(curve(one / "one", key), curve(one / f"turned{turned}", key))
-    weights = [load_file(one / name / "last" / "model.safetensors") for name in ("one", f"turned{turned}")]
+        assert close(curve(one / "one", key), curve(one / name, key))
+    weights = [load_file(one / run / "last" / "model.safetensors") for run in ("one", name)]
     assert {name: x.shape for name, x in weights[0].items()} == {
         name: x.shape for name, x in weights[1].items()
     }
 
 
-def test_a_killed_rank_stops_the_launch_and_leaves_the_checkpoint(tmp_path: Path) -> None:
-    command = sliced_words(tmp_path, "cut", *LAUNCHED, "--train.steps", "4000")
+@pytest.mark.parametrize("how", ["killed", pytest.param("told", marks=pytest.mark.slow)])
+def test_a_lost_rank_stops_the_launch_and_leaves_the_checkpoint(how: str, tmp_path: Path) -> None:
+    """One of torchrun's processes is killed; or torchrun is told to stop, and tells all of them."""
+    command = sliced_words(tmp_path, "cut", *SLICED, "--launch", "2", "--train.steps", "4000")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(tmp_path),
+        [sys.executable, "-m", "newllm.cli", *command],
+        cwd=Path(__file__).resolve().parent.parent,
+        env=environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -83,15 +79,19 @@ def test_a_killed_rank_stops_the_launch_and_leaves_the_checkpoint(tmp_path: Path
         while not (tmp_path / "cut" / "checkpoints" / "checkpoint-5").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        children = [int(pid) for pid in _children(process.pid)]
-        os.kill(children[-1], signal.SIGKILL)
+        if how == "killed":
+            children = [int(pid) for pid in _children(process.pid)]
+            os.kill(children[-1], signal.SIGKILL)
+        else:
+            process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode != 0
     newest, complaints = Checkpoints(tmp_path / "cut" / "checkpoints").newest()
     assert newest is not None
     assert complaints == []
-    assert "Signal 9 (SIGKILL)" in said or "exitcode  : -9" in said
+    assert how == "told" or "Signal 9 (SIGKILL)" in said or "exitcode  : -9" in said
     assert rows(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "last").exists()
 
 
 def _children(parent: int) -> list[str]:

@@ -30,6 +30,7 @@ class Options:
         compile: how a step is run; auto is a CUDA graph on a GPU and plain on a CPU, full compiles it.
         dtype: dtype of the weights.
         device: a device as PyTorch names it (auto: the first accelerator, else the CPU).
+        sequence_ranks: processes of torchrun that read the prompt together, in slices; the first writes.
     """
 
     model: str
@@ -45,11 +46,15 @@ class Options:
     compile: CompileOption = "auto"
     dtype: Dtype = "auto"
     device: str = "auto"
+    sequence_ranks: int = 1
 
 
 def run(options: Options) -> None:
     """Print the text, then on stderr what was read and written and how large the state is."""
     prompt = _prompt(options)
+    from newllm.cli.ranks import check_ranks, feed_over_ranks, rank_device
+
+    check_ranks(options.sequence_ranks)
     from newllm.cli.loading import load_streaming, step_mode
     from newllm.cli.turns import feed_with_progress, show
     from newllm.evaluation.process import resident_bytes
@@ -58,11 +63,15 @@ def run(options: Options) -> None:
     from newllm.models.turns import Turn, opening, text_ids
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
-    model, tokenizer = load_streaming(options.model, dtype=options.dtype, device=options.device)
+    device = rank_device(options.device, options.sequence_ranks)
+    model, tokenizer = load_streaming(options.model, dtype=options.dtype, device=device)
     session = Session(model, tokenizer, compile=step_mode(options.compile, model))
     templated = not options.raw and tokenizer.chat_template is not None
     ids = opening(tokenizer, [Turn("user", prompt)]) if templated else text_ids(tokenizer, prompt)
-    feed_with_progress(session, ids)
+    if options.sequence_ranks == 1:
+        feed_with_progress(session, ids)
+    elif not feed_over_ranks(session, ids):
+        return
     started = time.perf_counter()
     steps = session.stream(
         max_new_tokens=options.max_new_tokens,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from newllm.distributed.line import Line, Messages
-from newllm.reference.slices import Call, Chain, Read, Slice
+from newllm.reference.slices import Begun, Call, Chain, Slice
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -29,13 +29,15 @@ class Unfolded(NamedTuple):
     sent: list[Messages]
 
 
-def fold(steps: ModuleType, line: Line, x: Slice, call: Call, own: Pair) -> tuple[Chain, list[Messages]]:
+def fold(
+    steps: ModuleType, line: Line, x: Slice, call: Call, added: tuple[Tensor, Tensor], own: Pair
+) -> tuple[Chain, list[Messages]]:
     """The memory before each segment of the slice and after it, and messages to wait for.
 
-    ``steps`` computes: ``newllm.reference.slices`` or its fused counterpart. ``own`` is the memory before the
-    sequence, on the first rank.
+    ``steps`` computes: ``newllm.reference.slices`` or its fused counterpart. ``added`` is what each segment
+    adds, ``own`` the memory before the sequence, on the first rank.
     """
-    matrix, norm = steps.added(x, call)
+    matrix, norm = added
     if call.rule == "linear":
         return _linear(steps, line, x, matrix, norm, own, back=False)
     norms, last_norm, sent = _norms(steps, line, norm, own[1], back=False)
@@ -45,7 +47,7 @@ def fold(steps: ModuleType, line: Line, x: Slice, call: Call, own: Pair) -> tupl
 
 
 def unfold(
-    steps: ModuleType, line: Line, x: Slice, call: Call, before: Tensor, norms: Tensor, read: Read, own: Pair
+    steps: ModuleType, line: Line, x: Slice, call: Call, before: Tensor, norms: Tensor, read: Begun, own: Pair
 ) -> Unfolded:
     """The adjoint of :func:`fold`.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from newllm.distributed.line import Line, line_of
@@ -27,15 +30,12 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
             a shared memory.
     """
     line = mesh if isinstance(mesh, Line) else line_of(mesh)
-    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    layers, decoders = _parts(model)
     checks.require(bool(layers), "model", type(model).__name__, "a model with InfiniAttention layers")
-    for module in model.modules():
-        _check(module)
     for attention in layers:
         attention.attend = partial(_attend, mesh=line)
-    for module in model.modules():
-        if isinstance(module, SenriModel):
-            module.sliced = True
+    for decoder in decoders:
+        decoder.sliced = True
     return model
 
 
@@ -53,6 +53,32 @@ def _check(module: nn.Module) -> None:
             checks.require(part is None, name, "one", "off over several ranks")
 
 
+@contextmanager
+def sliced(model: nn.Module, line: Line, start: int) -> Iterator[None]:
+    """:func:`parallelize` for a while, with a cache: this rank's slice begins ``start`` tokens behind it."""
+    layers, decoders = _parts(model)
+    before = [attention.attend for attention in layers], [decoder.sliced for decoder in decoders]
+    for attention in layers:
+        attention.attend = partial(_attend, mesh=line, start=start)
+    for decoder in decoders:
+        decoder.sliced = True
+    try:
+        yield
+    finally:
+        for attention, attend in zip(layers, before[0], strict=True):
+            attention.attend = attend
+        for decoder, was in zip(decoders, before[1], strict=True):
+            decoder.sliced = was
+
+
+def _parts(model: nn.Module) -> tuple[list[InfiniAttention], list[SenriModel]]:
+    """What a slice changes; ValueError for a part that slices cannot have."""
+    for module in model.modules():
+        _check(module)
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    return layers, [module for module in model.modules() if isinstance(module, SenriModel)]
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -67,6 +93,7 @@ def _attend(
     """What a layer calls in place of ``newllm.ops.infini_attention``."""
     only = "over several ranks"
     checks.require(padding_mask is None, "padding_mask", "a mask with padding", f"None {only}")
-    checks.require(detach == "none", "detach", repr(detach), f"'none' {only}")
-    checks.require(bptt_segments is None, "bptt_segments", bptt_segments, f"None {only}")
+    if torch.is_grad_enabled():
+        checks.require(detach == "none", "detach", repr(detach), f"'none' {only}")
+        checks.require(bptt_segments is None, "bptt_segments", bptt_segments, f"None {only}")
     return sequence_attention(q, k, v, beta, **options)

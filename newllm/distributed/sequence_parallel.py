@@ -72,7 +72,7 @@ def slice_bounds(tokens: int, ranks: int, *, segment: int, window: int | None) -
     checks.require(tokens % segment == 0, "tokens", tokens, "a multiple of segment ({})", segment)
     count = tokens // segment
     borders = [rank * count // ranks * segment for rank in range(ranks + 1)]
-    least = _least(segment, window, ranks)
+    least = least_slice(segment, window, ranks)
     shortest = min(b - a for a, b in pairwise(borders))
     checks.require(
         shortest >= least, "tokens", tokens,
@@ -82,8 +82,8 @@ def slice_bounds(tokens: int, ranks: int, *, segment: int, window: int | None) -
     return list(pairwise(borders))
 
 
-def _least(segment: int, window: int | None, ranks: int) -> int:
-    """The shortest slice: a window's keys come from one neighbour."""
+def least_slice(segment: int, window: int | None, ranks: int) -> int:
+    """Tokens of the shortest slice: a window's keys come from one neighbour."""
     return segment if ranks == 1 or window is None else -(-window // segment) * segment
 
 
@@ -183,7 +183,7 @@ def _stream_after(
 
 
 def _check_slice(line: Line, k: Tensor, window: int | None, segment: int) -> None:
-    tokens, least = k.shape[2], _least(segment, window, line.size)
+    tokens, least = k.shape[2], least_slice(segment, window, line.size)
     checks.require(
         tokens % segment == 0, f"the slice of rank {line.rank}", f"{tokens} tokens",
         "a multiple of segment ({}) long", segment,

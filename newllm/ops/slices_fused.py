@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newllm.reference.slices import Call, Chain, Read, Slice, Slopes
+from newllm.reference.slices import Begun, Call, Chain, Read, Slice, Slopes
 
 
 def _inputs(x: Slice) -> Any:
@@ -92,22 +92,40 @@ def delta_chain(
     return before, last
 
 
-def read(x: Slice, call: Call, matrix: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Window and memory: the output and the softmax's log2-sum-exp2."""
+def near(x: Slice, call: Call) -> Any:
+    """Rotated keys: what can be done before the memory is there."""
+    from newllm.kernels.rotate import measured_keys
+
+    return measured_keys(x.k, x.rope)
+
+
+def read(
+    x: Slice, call: Call, near: Any, matrix: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Window and memory in one kernel: the output and the softmax's log2-sum-exp2."""
     from newllm.kernels import infini_attention as kernels
 
-    return kernels.read(_inputs(x), _call(call), matrix, norm)
+    return kernels.read(_inputs(x), _call(call), near, matrix, norm)
 
 
-def read_backward(
+def begin_backward(
     x: Slice, call: Call, out: Tensor, lse: Tensor, matrix: Tensor | None, norm: Tensor | None, do: Tensor
-) -> Read:
-    """Gradients of all that ``read`` read."""
+) -> Begun:
+    """Gradients of the memories that ``read`` read."""
     from newllm.kernels import infini_attention as kernels
 
-    found = kernels.read_backward(_inputs(x), _call(call), kernels.Saved(out, lse, matrix, norm), do)
+    saved = kernels.Saved(out, lse, matrix, norm)
+    found = kernels.begin_backward(_inputs(x), _call(call), saved, do)
+    return Begun(found.before, found.norms, (saved, found))
+
+
+def finish_backward(x: Slice, call: Call, begun: Begun) -> Read:
+    """Gradients of all else that ``read`` read."""
+    from newllm.kernels import infini_attention as kernels
+
+    found = kernels.finish_backward(_inputs(x), _call(call), *begun.rest)
     own = found.inputs
-    return Read(Slopes(own.q, own.k, own.v, own.beta), found.before, found.norms, found)
+    return Read(Slopes(own.q, own.k, own.v, own.beta), found)
 
 
 def norm_slopes(x: Slice, call: Call, matrix: Tensor, norm: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from newllm.reference.features import feature_map
-from newllm.reference.infini import mix, recall
+from newllm.reference.infini import gate_value, mix, recall
 from newllm.reference.memory import state_dtype, write_segments
 from newllm.reference.window import Rope, local_attention
 from newllm.types import FeatureMap, MemoryState
@@ -72,12 +72,18 @@ class Slopes(NamedTuple):
     weight: Tensor | None = None
 
 
+class Begun(NamedTuple):
+    """Gradients of matrix and norm before each segment, None without memory, and what goes on."""
+
+    matrix: Tensor | None
+    norm: Tensor | None
+    rest: Any
+
+
 class Read(NamedTuple):
-    """Gradients of what was read: the slice's own, and those of matrix and norm before each segment."""
+    """Gradients of what was read, and what :func:`added_backward` needs of it."""
 
     slopes: Slopes
-    matrix: Tensor | None = None
-    norm: Tensor | None = None
     rest: Any = None
 
 
@@ -181,28 +187,41 @@ def delta_chain(
     return torch.stack(states[:: -1 if reverse else 1], 2), total
 
 
-def read(x: Slice, call: Call, matrix: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Window and memory: the output ``[B, H, T, V]``; nothing else needs to be kept."""
-    return _read(x.q, x.k, x.v, x.beta, x.scale, x.bias, matrix, norm, x.rope, call), x.q.new_empty(0)
+def near(x: Slice, call: Call) -> Tensor:
+    """The window's attention ``[B, H, T, V]``: what can be done before the memory is there."""
+    return _windows(x.q, x.k, x.v, x.rope, call)
 
 
-def _read(
+def read(
+    x: Slice, call: Call, near: Tensor, matrix: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The window's attention and the memory's: the output ``[B, H, T, V]``; nothing else need be kept."""
+    out = near
+    if x.beta is not None and matrix is not None and norm is not None:
+        recalled = _recalled(x.q, x.scale, x.bias, matrix, norm, call)
+        out = mix(near, recalled, x.beta, call.gate)  # type: ignore[arg-type]
+    return out, x.q.new_empty(0)
+
+
+def _recalled(
+    q: Tensor, scale: Tensor | None, bias: Tensor | None, matrix: Tensor, norm: Tensor, call: Call
+) -> Tensor:
+    wide, feature = q.to(state_dtype(q.dtype)), _feature(scale, bias, call)
+    return recall(wide, MemoryState(matrix, norm), None, call.segment, feature, call.eps)
+
+
+def _mixed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    matrix: Tensor | None,
-    norm: Tensor | None,
+    recalled: Tensor | None,
     rope: Rope | None,
     call: Call,
 ) -> Tensor:
     local = _windows(q, k, v, rope, call)
-    if beta is None or matrix is None or norm is None:
+    if beta is None or recalled is None:
         return local
-    wide, feature = q.to(state_dtype(q.dtype)), _feature(scale, bias, call)
-    recalled = recall(wide, MemoryState(matrix, norm), None, call.segment, feature, call.eps)
     return mix(local, recalled, beta, call.gate)  # type: ignore[arg-type]
 
 
@@ -232,15 +251,26 @@ def _rows(x: Tensor, before: int, segment: int) -> Tensor:
     return x.unfold(2, before + segment, segment).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
-def read_backward(
+def begin_backward(
     x: Slice, call: Call, out: Tensor, lse: Tensor, matrix: Tensor | None, norm: Tensor | None, do: Tensor
-) -> Read:
-    """Gradients of all that :func:`read` read."""
-    names = ("q", "k", "v", "beta", "scale", "bias", "matrix", "norm")
-    primals = (*x[:4], x.scale, x.bias, matrix, norm)
-    found = _pull(partial(_read, rope=x.rope, call=call), names, primals, do)
-    recalled = found.pop("matrix", None), found.pop("norm", None)
-    return Read(Slopes(**found), *recalled)
+) -> Begun:
+    """Gradients of the memories that :func:`read` read; they need nothing of the window."""
+    if x.beta is None or matrix is None or norm is None:
+        return Begun(None, None, (do, None, {}))
+    names, primals = ("q", "scale", "bias", "matrix", "norm"), (x.q, x.scale, x.bias, matrix, norm)
+    share = gate_value(x.beta.to(matrix.dtype), call.gate)[:, None, None]  # type: ignore[arg-type]
+    recalled, found = _pull(partial(_recalled, call=call), names, primals, share * do.to(matrix.dtype))
+    return Begun(found.pop("matrix"), found.pop("norm"), (do, recalled, found))
+
+
+def finish_backward(x: Slice, call: Call, begun: Begun) -> Read:
+    """Gradients of all else that :func:`read` read."""
+    do, recalled, found = begun.rest
+    mixed = partial(_mixed, recalled=recalled, rope=x.rope, call=call)
+    slopes = _pull(mixed, ("q", "k", "v", "beta"), x[:4], do)[1]
+    if recalled is not None:
+        slopes["q"] = slopes["q"] + found.pop("q")
+    return Read(Slopes(**slopes, **found))
 
 
 def norm_slopes(
@@ -250,7 +280,7 @@ def norm_slopes(
 
     ``matrix`` and ``norm`` stood before each segment, ``after`` is the gradient of the matrix after it.
     """
-    found = _pull(
+    _, found = _pull(
         partial(_corrections, call=call), ("k", "scale", "bias", "norm"),
         (x.new()[0], x.scale, x.bias, norm), -(after @ matrix.mT),
     )  # fmt: skip
@@ -270,7 +300,9 @@ def added_backward(
         weighed = ((matrix * after).sum((1, 3, 4)) + (norms * after_norm).sum((1, 3))).to(x.weight.dtype)
         share = x.weight.to(after.dtype)[:, None, :, None]
         scaled = after * share[..., None], after_norm * share
-    told = _pull(partial(_added, call=call), ("k", "v", "scale", "bias"), (*x.new(), x.scale, x.bias), scaled)
+    _, told = _pull(
+        partial(_added, call=call), ("k", "v", "scale", "bias"), (*x.new(), x.scale, x.bias), scaled
+    )
     slopes: dict[str, Any] = found.slopes._asdict() | {"weight": weighed}
     for part in (told, rest or {}):
         for name, slope in part.items():
@@ -282,8 +314,8 @@ def added_backward(
 
 def _pull(
     function: Callable[..., Any], names: tuple[str, ...], primals: tuple[Tensor | None, ...], cotangent: Any
-) -> dict[str, Tensor]:
-    """Gradients of the ``primals`` that are there, by name."""
+) -> tuple[Any, dict[str, Tensor]]:
+    """What the function returns, and gradients of the ``primals`` that are there, by name."""
     given = [index for index, primal in enumerate(primals) if primal is not None]
 
     def of_given(*values: Tensor) -> Any:
@@ -292,5 +324,5 @@ def _pull(
             whole[index] = value
         return function(*whole)
 
-    pull = torch.func.vjp(of_given, *(primals[index] for index in given))[1]
-    return {names[index]: slope for index, slope in zip(given, pull(cotangent), strict=True)}
+    value, pull = torch.func.vjp(of_given, *(primals[index] for index in given))  # type: ignore[misc] # of has_aux
+    return value, {names[index]: slope for index, slope in zip(given, pull(cotangent), strict=True)}

@@ -207,7 +207,7 @@ class SenriModel(SenriPreTrainedModel):
         tokens, continued = hidden_states.shape[1], states[0] is not None
         rows = tokens + self._ring if self.sliced else rope_rows(tokens, self._ring, continued)
         sharing = self.config.memory_layers or () if self.config.share_memory else ()
-        in_place = continued and tokens == 1 and not torch.is_grad_enabled() and not sharing
+        in_place = continued and tokens == 1 and not (self.sliced or sharing or torch.is_grad_enabled())
         table = self.rotary.kept if in_place else self.rotary
         rope = table(rows, hidden_states)
         states = lend(states, sharing)
