@@ -206,7 +206,10 @@ def test_convert_takes_presets_and_replaces_when_asked(base: str, capsys: Captur
     words = ["convert", base, "--out", str(out), "--config", "senri-documents", "--memory-layers", "[1]"]
     assert main(words) == 0
     assert load_senri(out).config.segment == 64
-    assert failure(capsys, *words) == f"out {out} is not empty: name another folder, or overwrite it"
+    assert (
+        failure(capsys, *words)
+        == f"out {out} is not empty: name another folder (--out), or replace it (--overwrite)"
+    )
     assert main([*words, "--overwrite", "--segment", "16", "--dtype", "bfloat16"]) == 0
     assert (load_senri(out).config.segment, load_senri(out).dtype) == (16, torch.bfloat16)
 

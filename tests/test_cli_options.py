@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 
-from newllm.cli.options import parse
+from newllm.cli import HELP
+from newllm.cli.options import _options, parse
 from newllm.cli.presets import FOLDER
 
 
@@ -109,6 +111,20 @@ def test_help_says_what_the_docstring_says(capsys: pytest.CaptureFixture[str]) -
         "--inner.steps STEPS how many (type: int, default: 3)",
     ):
         assert text in said
+
+
+def test_help_begins_with_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--help") is None
+    assert capsys.readouterr().out.splitlines()[0] == "usage: newllm something SOURCE --out OUT [OPTION ...]"
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_every_option_of_every_command_is_described(name: str) -> None:
+    module = import_module(f"newllm.cli.{name}")
+    kinds = [command.options for command in getattr(module, "COMMANDS", {}).values()] or [module.Options]
+    assert [
+        (kind.__name__, option.flag) for kind in kinds for option in _options(kind) if not option.help
+    ] == []
 
 
 UNKNOWN = "is no option of 'newllm something'"

@@ -49,7 +49,7 @@ class CvfptOptions:
     top_k: int = 0
     fair: bool = True
     top_k_epochs: int = 10
-    out: str = "runs/train"
+    out: str = "runs/cvfpt"
     overwrite: bool = False
     cvfpt: CvfptConfig = field(default_factory=CvfptConfig)
 
@@ -91,7 +91,8 @@ def run_cvfpt(options: CvfptOptions) -> int:
     if options.top_k:
         _top_k(options, run, results, len(tokenizer))
     _losses(run)
-    print(f"the model is in {last}; {run.result('results.json', results)}")
+    run.result("results.json", results)
+    print(f"the model is in {last}; everything else in {run.out}")
     return 0 if right else 1
 
 
