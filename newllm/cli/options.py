@@ -102,7 +102,7 @@ def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
 
 
 def _described(kind: type[Any]) -> dict[str, str]:
-    """Field -> its text in ``Args:`` of the docstrings of ``kind`` and its bases; several may share a line."""
+    """Field -> its text in ``Args:`` of ``kind``'s docstring or a base's; several may share a line."""
     names = "|".join(field.name for field in fields(kind))
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
