@@ -179,10 +179,12 @@ def phases_figure(rows: Rows) -> Figure:
 
 
 def _dress(axes: Axes, x: str, y: str, log: str) -> None:
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    from matplotlib.ticker import LogFormatter
+
+    for name in log:
+        axes.set(**{f"{name}scale": "log"})
+        # An axis of less than a decade has labels between its powers, and they read 20, not 2 x 10^1.
+        getattr(axes, f"{name}axis").set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
