@@ -1,7 +1,7 @@
 """Decoding after a short and after a long context, in turns: speed and memory do not depend on the length.
 
-``python benchmarks/long_session.py senri-smollm2 --text austen:emma`` (after ``newllm data get austen``) prints
-one JSON object and writes it to ``benchmarks/results/long_session.jsonl``.
+``python benchmarks/long_session.py senri-smollm2 --text austen:emma`` (after ``newllm data get austen``)
+prints one JSON object and writes it to ``benchmarks/results/long_session.jsonl``.
 """
 
 from __future__ import annotations

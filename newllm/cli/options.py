@@ -184,9 +184,29 @@ def _nearest(name: str, allowed: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """jsonargparse's complaint on one line, without its names for types."""
+    """jsonargparse's complaint on one line: the option, what is allowed, what came."""
     text = " ".join(str(error).split()).removeprefix("Parser key ")
-    return text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    text = text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    for pattern in _COMPLAINTS:
+        if found := re.fullmatch(pattern, text):
+            key, allowed, got = found.groups()
+            kinds = re.sub(r"Literal\[([^\]]*)\]", r"\1", allowed).split(", ")
+            return f"{key} must be {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, got {got}"
+    return text
+
+
+# The same once for a type, once for several of which one is to do.
+_COMPLAINTS = (
+    r'"(\S+)": Expected an? (.+)\. Got value: (.*)',
+    r'"(\S+)": .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)',
+)
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+}
 
 
 def _build(kind: Any, found: Any) -> Any:

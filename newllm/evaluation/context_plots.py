@@ -181,10 +181,16 @@ def phases_figure(rows: Rows) -> Figure:
 def _dress(axes: Axes, x: str, y: str, log: str) -> None:
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        """Labels also between the powers of an axis of less than a decade, as 20,000 and not 2 x 10^4."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.6g}" if super().__call__(x, pos) else ""
+
     for name in log:
         axes.set(**{f"{name}scale": "log"})
-        # An axis of less than a decade has labels between its powers, and they read 20, not 2 x 10^1.
-        getattr(axes, f"{name}axis").set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        getattr(axes, f"{name}axis").set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
+        getattr(axes, f"{name}axis").set_major_formatter(Plain())
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
