@@ -179,7 +179,7 @@ def phases_figure(rows: Rows) -> Figure:
 
 
 def _dress(axes: Axes, x: str, y: str, log: str) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     class Plain(LogFormatter):
         """Labels also between the powers of an axis of less than a decade, as 20,000 and not 2 x 10^4."""
@@ -190,7 +190,7 @@ def _dress(axes: Axes, x: str, y: str, log: str) -> None:
     for name in log:
         axes.set(**{f"{name}scale": "log"})
         getattr(axes, f"{name}axis").set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
-        getattr(axes, f"{name}axis").set_major_formatter(Plain())
+        getattr(axes, f"{name}axis").set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
