@@ -33,7 +33,7 @@ from newllm.models import (
     ContextLMConfig,
     ContextLMForCausalLM,
 )
-from newllm.runs import provenance
+from newllm.runs import commit, provenance
 from newllm.training.end_to_end import train_end_to_end
 from newllm.training.phase_config import Phase1Config, Phase2Config
 from newllm.training.two_phase import Stream, run_phases
@@ -93,7 +93,7 @@ class Bench:
             )
             for name in ("train", "validation")
         }
-        about = provenance(0)
+        about = provenance(0) | {"commit": options.commit}
         self.about = {key: about[key] for key in ("torch", "commit", "date")}
         self.about["device"] = (
             torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "two CPU cores"
@@ -321,6 +321,7 @@ def main() -> None:
     two.add_argument("--chunks", nargs="*", type=int, default=[100, 16, 32, 64, 200])
     two.add_argument("--reference", action="store_true", help="run the first seed on the reference too")
     two.add_argument("--results", type=Path, default=RESULTS)
+    two.add_argument("--commit", default=commit(), help="of a checkout without its history")
     three = commands.add_parser("report")
     three.add_argument("--results", type=Path, default=RESULTS)
     three.add_argument("--page", type=Path, default=PAGE)

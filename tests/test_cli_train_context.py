@@ -50,7 +50,7 @@ def test_both_phases_from_the_command_line(
     assert model(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3)
     capsys.readouterr()
     assert main(command) == 2
-    assert "is not empty: name another folder, or overwrite it" in capsys.readouterr().err
+    assert "is not empty: name another folder (--out), or replace it (--overwrite)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [tiny, slots])

@@ -309,3 +309,14 @@ def test_wrong_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "names must be of baseline, two_tokens" in capsys.readouterr().err
     assert main(["scaling", "diversity", "--losses", "[vicreg]", "--output-dir", str(tmp_path)]) == 2
     assert "diversity must be one of oacd" in capsys.readouterr().err
+
+
+def test_logarithmic_axes_have_plain_labels_between_powers() -> None:
+    from newllm.evaluation.context_plots import lines_figure
+
+    figure = lines_figure({"a": [(4e3, 150.0), (6e4, 900.0)]}, x="tokens", y="perplexity", log="xy")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    sides = (axes.get_xticklabels, axes.get_yticklabels)
+    shown = [label.get_text() for side in sides for label in side(which="both")]
+    assert {"10,000", "20,000", "200", "400"} <= set(shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from newllm.cli.loading import CompileOption, Dtype
 
@@ -19,7 +18,7 @@ class Options:
     Args:
         model: folder or hub id of a Senri or context model.
         prompt: text to read.
-        prompt_file: file to read before the prompt.
+        prompt_file: a file, or a text by its name (austen:emma), to read before the prompt.
         max_new_tokens: tokens to write at most.
         temperature: 0 always takes the likeliest token, more is more varied.
         top_k: sample from so many tokens (null: from all).
@@ -35,7 +34,7 @@ class Options:
 
     model: str
     prompt: str | None = None
-    prompt_file: Path | None = None
+    prompt_file: str | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int | None = None
@@ -90,10 +89,9 @@ def run(options: Options) -> None:
 def _prompt(options: Options) -> str:
     parts = [] if options.prompt is None else [options.prompt]
     if options.prompt_file is not None:
-        try:
-            parts.insert(0, options.prompt_file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt_file {options.prompt_file} must be UTF-8 text: {error}") from error
+        from newllm.data.text import load_text
+
+        parts.insert(0, load_text(options.prompt_file).text)
     if not any(parts):
         raise ValueError("prompt must hold some text: give --prompt, --prompt-file, or both")
     return "\n\n".join(parts)

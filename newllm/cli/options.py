@@ -52,10 +52,12 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
 
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=name, description=summary(kind), exit_on_error=False)
+    options = list(_options(kind))
+    parser = ArgumentParser(
+        prog=name, usage=_usage(name, options), description=summary(kind), exit_on_error=False
+    )
     help = "YAML file of options, or the name of a preset (--preset NAME is the same); later flags win"
     parser.add_argument("--config", action=ActionConfigFile, help=help)
-    options = list(_options(kind))
     for option in options:
         _add(parser, option)
     _check_flags(words, options, name)
@@ -71,6 +73,14 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
         return None
     options_found: T = _build(kind, found)
     return options_found
+
+
+def _usage(name: str, options: list[Option]) -> str:
+    """What must be given. The list below it has every option: there are too many for a line."""
+    needed = [option for option in options if option.default is MISSING]
+    places = [option.key.upper() for option in needed if not option.field.kw_only]
+    flags = [f"{option.flag} {option.key.upper()}" for option in needed if option.field.kw_only]
+    return " ".join([name, *places, *flags, "[OPTION ...]"])
 
 
 def summary(kind: type[Any]) -> str:
@@ -92,13 +102,16 @@ def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
 
 
 def _described(kind: type[Any]) -> dict[str, str]:
-    """Field -> its text in the docstring's ``Args:``, where several may share a line."""
-    section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(kind) or "", re.MULTILINE | re.DOTALL)
+    """Field -> its text in ``Args:`` of ``kind``'s docstring or a base's; several may share a line."""
     names = "|".join(field.name for field in fields(kind))
-    parts = re.split(rf"(?:^|\. )\s*({names}): ", section[1] if section else "", flags=re.MULTILINE)
-    return {
-        name: " ".join(text.split()).rstrip(".") for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = inspect.cleandoc(base.__doc__ or "")
+        section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+        parts = re.split(rf"(?:^|\. )\s*({names}): ", section[1] if section else "", flags=re.MULTILINE)
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            found[name] = " ".join(text.split()).rstrip(".")
+    return found
 
 
 def _add(parser: Any, option: Option) -> None:
@@ -171,9 +184,29 @@ def _nearest(name: str, allowed: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """jsonargparse's complaint on one line, without its names for types."""
+    """jsonargparse's complaint on one line: the option, what is allowed, what came."""
     text = " ".join(str(error).split()).removeprefix("Parser key ")
-    return text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    text = text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    for pattern in _COMPLAINTS:
+        if found := re.fullmatch(pattern, text):
+            key, allowed, got = found.groups()
+            kinds = re.sub(r"Literal\[([^\]]*)\]", r"\1", allowed).split(", ")
+            return f"{key} must be {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, got {got}"
+    return text
+
+
+# The same once for a type, once for several of which one is to do.
+_COMPLAINTS = (
+    r'"(\S+)": Expected an? (.+)\. Got value: (.*)',
+    r'"(\S+)": .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)',
+)
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+}
 
 
 def _build(kind: Any, found: Any) -> Any:

@@ -38,7 +38,7 @@ class ScalingOptions:
     embed_dim: int = 768
     seeds: list[int] = field(default_factory=lambda: [42])
     control: bool = False
-    output_dir: str = "runs/scaling"
+    output_dir: str
     source: SourceConfig = field(default_factory=SourceConfig)
     phase1: Phase1Config = field(default_factory=Phase1Config)
     phase2: Phase2Config = field(default_factory=Phase2Config)
@@ -68,6 +68,7 @@ class AlphaOptions(ScalingOptions):
     multiplier: float = 2.0
     window_size: int = 4
     num_windows: int = 2
+    output_dir: str = "runs/scaling-alpha"
 
 
 @dataclass(kw_only=True)
@@ -90,6 +91,7 @@ class ArchitecturesOptions(ScalingOptions):
     context_dims: list[int] = field(default_factory=lambda: [768])
     input_tokens: list[int] = field(default_factory=lambda: [1, 2])
     samples: list[int] = field(default_factory=lambda: [50, 100, 200, 500])
+    output_dir: str = "runs/scaling-architectures"
 
 
 @dataclass(kw_only=True)
@@ -107,6 +109,7 @@ class DiversityOptions(ScalingOptions):
     losses: list[str] = field(default_factory=lambda: ["oacd", "mcdl", "odcm"])
     context_dim: int = 500
     samples: list[int] = field(default_factory=lambda: [50, 100, 200, 500])
+    output_dir: str = "runs/scaling-diversity"
 
 
 def run_alpha(options: AlphaOptions) -> None:

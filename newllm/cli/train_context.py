@@ -40,7 +40,7 @@ class PhaseOptions:
     data: str = "embedded"
     offline: Offline = "auto"
     tokenizer: str = "bpe:2048"
-    out: str = "runs/train"
+    out: str
     overwrite: bool = False
     resume: bool = False
     save_seconds: float = 60.0
@@ -70,6 +70,7 @@ class ContextOptions(PhaseOptions):
     context_dim: int = 256
     layers: int = 1
     input_tokens: int = 1
+    out: str = "runs/context"
     plan: Literal["A", "D", "E", "F", "G"] = "E"
 
 
@@ -93,6 +94,7 @@ class ContextKVOptions(PhaseOptions):
     slot_kind: Literal["chunk", "interval"] = "chunk"
     max_contexts: int | None = None
     heads: int = 8
+    out: str = "runs/context-kv"
 
 
 def run_context(options: ContextOptions) -> int:

@@ -13,9 +13,10 @@ from newllm.training.phase_config import CvfptConfig
 class CvfptOptions:
     """Train contexts to repeat with repeated phrases, stage by stage, and judge them by four patterns.
 
-    The suite trains fresh models of both updaters on a phrase of one, two and three ids and reads a random
-    sequence with them. Leaves last/, stage_1/ and so on, metrics.jsonl, results.json, suite.png, losses.png
-    and, with top_k, cvfpt_performance_topk_fair.json (or _biased) and top_k.png.
+    The suite trains fresh models of both updaters on a phrase of one, two and three ids, five seeds each, and
+    reads a random sequence with them; medians count. Leaves last/, stage_1/ and so on, metrics.jsonl,
+    results.json, suite.png, losses.png and, with top_k, cvfpt_performance_topk_fair.json (or _biased) and
+    top_k.png.
 
     Args:
         data: text that a tokenizer is made from, where one is.
@@ -49,7 +50,7 @@ class CvfptOptions:
     top_k: int = 0
     fair: bool = True
     top_k_epochs: int = 10
-    out: str = "runs/train"
+    out: str = "runs/cvfpt"
     overwrite: bool = False
     cvfpt: CvfptConfig = field(default_factory=CvfptConfig)
 
@@ -91,7 +92,8 @@ def run_cvfpt(options: CvfptOptions) -> int:
     if options.top_k:
         _top_k(options, run, results, len(tokenizer))
     _losses(run)
-    print(f"the model is in {last}; {run.result('results.json', results)}")
+    run.result("results.json", results)
+    print(f"the model is in {last}; everything else in {run.out}")
     return 0 if right else 1
 
 
@@ -135,13 +137,15 @@ def _suite(options: CvfptOptions, run: Any, results: dict[str, Any]) -> bool:
         found = validation_suite(cell=cell, seed=options.cvfpt.seed)
         passed[cell] = verdict(found)
         table[cell] = {
-            name: {"still": row.still._asdict(), "cycle": row.cycle._asdict()} for name, row in found.items()
+            name: {"still": row.still._asdict(), "cycle": row.cycle._asdict(), "losses": row.losses}
+            for name, row in found.items()
         }
         for name, row in found.items():
             drawn.setdefault(name, {})[cell] = row.still.loss
             print(
                 f"{cell}, {name}: moves by {row.still.loss:.3g} a token "
-                f"({'below' if row.still.converged else 'not below'} 0.01), "
+                f"({'below' if row.still.converged else 'not below'} 0.01; "
+                f"{row.losses[0]:.3g} to {row.losses[-1]:.3g} over {len(row.losses)} seeds), "
                 f"{row.cycle.loss:.3g} from one phrase to the next"
             )
         print(f"{cell}: {'passes' if passed[cell] else 'fails'}")

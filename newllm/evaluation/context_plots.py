@@ -179,10 +179,18 @@ def phases_figure(rows: Rows) -> Figure:
 
 
 def _dress(axes: Axes, x: str, y: str, log: str) -> None:
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
+    class Plain(LogFormatter):
+        """Labels also between the powers of an axis of less than a decade, as 20,000 and not 2 x 10^4."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.6g}" if super().__call__(x, pos) else ""
+
+    for name in log:
+        axes.set(**{f"{name}scale": "log"})
+        getattr(axes, f"{name}axis").set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
+        getattr(axes, f"{name}axis").set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

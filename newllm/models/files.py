@@ -63,7 +63,9 @@ def check_free(out: Path, overwrite: bool) -> None:
     if out.is_file():
         raise FileExistsError(f"out {out} must be a folder, got a file")
     if out.exists() and not overwrite and any(out.iterdir()):
-        raise FileExistsError(f"out {out} is not empty: name another folder, or overwrite it")
+        raise FileExistsError(
+            f"out {out} is not empty: name another folder (--out), or replace it (--overwrite)"
+        )
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 from tqdm import tqdm
@@ -65,8 +66,24 @@ class RunLog(TrainerCallback):
         self.run.log(step=state.global_step, **logs, **gates)
 
 
+class _Lines:
+    """One line below the other: in a log file nothing is overwritten."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class Progress(TrainerCallback):
-    """A bar with tokens per second, time left and the latest losses."""
+    """A bar with tokens per second, time left and the latest losses; in a log a line every ten seconds."""
+
+    LOG_SECONDS = 10.0
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
@@ -76,9 +93,10 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Open the bar."""
+        where = {} if sys.stderr.isatty() else {"file": _Lines(sys.stderr), "mininterval": self.LOG_SECONDS}
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-            disable=not state.is_local_process_zero,
+            disable=not state.is_local_process_zero, **where,
         )  # fmt: skip
 
     def on_step_end(

@@ -91,7 +91,7 @@ class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
 
     Args:
-        suites: what is asked: passkey, or names of suites in words (see newllm eval recall) in equal shares.
+        suites: what is asked, in equal shares: passkey, or suites in words (see newllm eval MODEL --suite).
         lengths: tokens of a sample, in equal shares of the training.
         tokens_per_step: most tokens of a batch.
         max_rows: most samples of a batch.
