@@ -23,6 +23,8 @@ def ar_members(data: bytes) -> Iterator[tuple[str, bytes]]:
         header = data[at : at + _HEADER]
         if len(header) < _HEADER or not header.endswith(b"`\n"):
             raise ValueError("damaged Debian package: an ar header is cut off")
+        if not header[48:58].strip().isdigit():
+            raise ValueError(f"damaged Debian package: an ar member has the size {header[48:58]!r}")
         size = int(header[48:58])
         body = data[at + _HEADER : at + _HEADER + size]
         if len(body) < size:

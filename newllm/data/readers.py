@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import lzma
 import re
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from newllm.data.deb import deb_files
 from newllm.data.rdata import read_database
-
-_DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, KeyError, IndexError, ValueError,
-)  # fmt: skip
+from newllm.files import check_unicode, reading
 
 
 def read_austen(path: Path) -> dict[str, str]:
@@ -82,10 +75,11 @@ def read_corpus(name: str, path: Path) -> dict[str, str]:
 
     Raises ValueError where the file is damaged or holds no text.
     """
-    try:
+    again = f"; fetch it again: newllm data get {name}"
+    with reading("", path, again):
         texts = READERS[name](path)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again: newllm data get {name}") from error
+        for title, text in texts.items():
+            check_unicode(text, title)
     if not texts:
-        raise ValueError(f"{path} holds no text; fetch it again: newllm data get {name}")
+        raise ValueError(f"{path} holds no text{again}")
     return texts
