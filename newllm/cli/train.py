@@ -201,6 +201,8 @@ def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     )  # fmt: skip
     data = {**corpus.record(), **streams.facts}
     shape = {"type": model.config.model_type, "parameters": parameters}
+    if (base := getattr(model.config, "base_model", None)) is not None:
+        shape["base"] = base
     say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in streams.facts.items()))
     say(f"model: {shape['type']}, {parameters:,} parameters")
     say(f"profile {profile_name}: {rows} rows of {options.stream.length} tokens, lr {config.lr:g}")

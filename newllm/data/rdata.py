@@ -12,11 +12,11 @@ import struct
 import zlib
 from typing import Any
 
+from newllm.data.deb import LARGEST, check_size
+
 _NULL, _REFERENCE, _SYMBOL, _PAIRLIST, _STRING = 254, 255, 1, 2, 9
 _LOGICAL, _INTEGER, _REAL, _STRINGS, _LIST = 10, 13, 14, 16, 19
 _HAS_ATTRIBUTES, _HAS_TAG = 1 << 9, 1 << 10
-# What a data set of texts unpacks to at most: a few kilobytes can be packed gigabytes.
-_LARGEST = 2**28
 _ZLIB_OR_GZIP = zlib.MAX_WBITS + 32
 _LATIN1 = 1 << 14  # bit 2 of a string's own sixteen flags, which begin at bit 12
 
@@ -108,7 +108,7 @@ def read_database(index: bytes, blocks: bytes) -> dict[str, Any]:
 
     ``index`` is the content of the ``.rdx`` file, ``blocks`` that of the ``.rdb`` file.
     """
-    table = read_object(_unpacked(zlib.decompressobj(_ZLIB_OR_GZIP), index, _LARGEST))
+    table = read_object(_unpacked(zlib.decompressobj(_ZLIB_OR_GZIP), index, LARGEST))
     (compression,) = table["compressed"]
     return {
         name: read_object(_decompress(blocks[start : start + size], compression))
@@ -134,7 +134,6 @@ def _decompress(block: bytes, compression: int) -> bytes:
 
 def _unpacked(decoder: Any, data: bytes, size: int) -> bytes:
     """At most ``size`` bytes; more are not unpacked."""
-    if size > _LARGEST:
-        raise ValueError(f"R data must unpack to at most {_LARGEST} bytes, got {size}")
+    check_size("R data", size)
     unpacked: bytes = decoder.decompress(data, size)
     return unpacked
