@@ -233,7 +233,7 @@ ACTIVITIES: dict[str, Activity] = {
     "results": Activity(run_results, check_results),
 }
 SAMPLE = {"training": 2, "converting": 4, "fetching": 4}
-FULL = {"training": 60}
+FULL = {"training": 30}
 
 
 @pytest.fixture(autouse=True)
@@ -270,4 +270,4 @@ def test_crashes_leave_nothing_half_written(
 def test_many_crashes_leave_nothing_half_written(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    check(name, tmp_path, range(1000, 1000 + FULL.get(name, 200)), record_property)
+    check(name, tmp_path, range(1000, 1000 + FULL.get(name, 100)), record_property)
