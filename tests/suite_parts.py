@@ -24,7 +24,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def run(suite: str, options: Any) -> bool:
-    """Run the tests of ``suite`` that ``options.k`` selects (None: all), slow ones included; whether all held.
+    """Run the tests of ``suite`` that ``options.k`` selects (None: all), slow ones too; whether all held.
 
     The row of each test that held and counted something is replaced.
     """

@@ -138,8 +138,9 @@ def _encoded(text: Documents, tokenizer: PreTrainedTokenizerBase, progress: bool
 def _open(folder: Path, documents: int) -> Tokens:
     about = folder / _FILES[2]
     with reading("the token cache", folder, ": delete it"):
-        for name, digest in read_json(about)["files"].items():
-            if file_sha256(folder / name) != digest:
+        hashes = read_json(about)["files"]
+        for name in _FILES[:2]:
+            if file_sha256(folder / name) != hashes[name]:
                 raise ValueError(f"{name} is damaged")
         ids = np.load(folder / _FILES[0], mmap_mode="r", allow_pickle=False)
         borders = np.load(folder / _FILES[1], mmap_mode="r", allow_pickle=False)
