@@ -142,7 +142,7 @@ CONTENT = bytes(range(256)) * 40
 def run_fetching(folder: Path) -> None:
     package = Package("pip", "tiny", "1", "tiny-1.whl", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
     CORPORA["tiny"] = Corpus("tiny", "a tiny text", "none", package)
-    script = "with open('tiny-1.whl', 'wb', 0) as f:\n    for _ in range(40): f.write(bytes(range(256)))\n"
+    script = "with open('tiny-1.whl', 'wb') as f:\n    for _ in range(40): f.write(bytes(range(256)))\n"
     fetch.CLIENTS["pip"] = (sys.executable, "-S", "-c", script)
     get("tiny", cache_dir=folder, progress=False)
     assert is_fetched("tiny", cache_dir=folder)

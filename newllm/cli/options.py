@@ -65,13 +65,12 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
     for file in files:
         _check_keys(Path(file), [option.key for option in options])
     try:
-        found = parser.parse_args(words)
-    except ArgumentError as error:
+        options_found: T = _build(kind, parser.parse_args(words))
+    except (ArgumentError, ValueError) as error:
         read = f" (with the configuration file {', '.join(files)})" if files else ""
         raise ValueError(f"{_sentence(error)}{read}") from error
     except SystemExit:
         return None
-    options_found: T = _build(kind, found)
     return options_found
 
 

@@ -107,9 +107,10 @@ def _check_blocks(gguf: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
-    counts = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
-    if not counts or not all(0 < int(count) <= len(reader.tensors) for count in counts):
-        raise ValueError(f"it holds {len(reader.tensors)} tensors, its block_count is {counts}")
+    kind = reader.fields["general.architecture"].contents()
+    layers = reader.fields[f"{kind}.block_count"].contents()
+    if not 0 < int(layers) <= len(reader.tensors):
+        raise ValueError(f"it holds {len(reader.tensors)} tensors for {layers} layers")
 
 
 def gguf_file(path: str | Path) -> Path | None:
