@@ -51,6 +51,7 @@ def test_r_named_vectors_become_dicts():
         (HEAD2 + struct.pack(">i", 3), "cut off"),
         (HEAD2 + struct.pack(">ii", 15, 0), "type 15 are not read"),
         (HEAD2 + r_lines("abc")[:-1], "cut off"),
+        (HEAD2 + struct.pack(">ii", 13, -1), "cut off"),
     ],
 )
 def test_damaged_or_foreign_r_objects_are_refused(data, message):
@@ -75,7 +76,12 @@ def test_ar_members_skip_the_padding_byte():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"PK", "not a Debian"), (deb({"a": b"1"})[:-9], "cut off"), (b"!<arch>\nabc", "cut off")],
+    [
+        (b"PK", "not a Debian"),
+        (deb({"a": b"1"})[:-9], "cut off"),
+        (b"!<arch>\nabc", "cut off"),
+        (b"!<arch>\n" + b"endless".ljust(48) + b"-60".ljust(10) + b"`\n", "has the size b'-60"),
+    ],
 )
 def test_damaged_debian_packages_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
