@@ -183,7 +183,7 @@ def write_options(folder: Path) -> None:
 def read_options(folder: Path) -> None:
     options = parse(SenriOptions, ["--config", str(folder / "options.yaml")], name="newllm train senri")
     assert options is not None
-    assert isinstance(options.launch, int) and isinstance(options.stream.needles, float)
+    assert isinstance(options.launch, int) and isinstance(options.stream.needles, float | int)
     assert options.stream.kind in ("packed", "ordered", "needles")
 
 
