@@ -131,7 +131,7 @@ def run_converting(folder: Path) -> None:
 
 def check_converting(folder: Path) -> None:
     # Between two renames the old folder waits under another name.
-    (found,) = [place for place in (folder / "model", *folder.glob(".model-*/replaced")) if place.exists()]
+    found, *_ = [place for place in (folder / "model", *folder.glob(".model-*/replaced")) if place.exists()]
     assert load_senri(found).config.sliding_window in (8, 16)
     load_tokenizer(found)
 
