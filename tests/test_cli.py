@@ -102,7 +102,8 @@ assert not {"torch", "transformers"} & set(sys.modules)
 def test_failure_is_one_sentence_and_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "newllm", "convert", "none", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    sentence = "newllm: there is no model folder none (a hub id has the form owner/name)\n"
+    form = "a hub id has the form owner/name or owner/name@revision"
+    sentence = f"newllm: there is no model folder none ({form})\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
     assert tree(tmp_path) == set()
 

@@ -163,7 +163,7 @@ def test_wrong_words_are_told_in_one_sentence(words: str, message: str) -> None:
         ("inner:\n  stepps: 4", "{} has an unknown key 'inner.stepps'; did you mean inner.steps?"),
         ("- 1", "{} must hold 'key: value' lines"),
         ("", "{} must hold 'key: value' lines"),
-        ("a: [", "{} is no YAML: "),
+        ("a: [", "{} cannot be read: "),
     ],
     ids=str,
 )

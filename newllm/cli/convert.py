@@ -86,6 +86,7 @@ def _report(base: Any, model: SenriForCausalLM) -> dict[str, str]:
     kinds = sorted({name.split("self_attn.")[-1] for name in added})
     tokens, difference = _compared(base, model)
     return {
+        "base": str(getattr(config, "base_model", None) or base.config.name_or_path),
         "family": f"{base.config.model_type}, {config.num_hidden_layers} layers",
         "parameters": f"{model.num_parameters():,}",
         "window": f"{config.sliding_window} keys, segments of {config.segment}",

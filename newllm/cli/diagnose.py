@@ -223,7 +223,8 @@ def _fired(fired: bool, name: str) -> str:
 def _load(path: str, *, recurrent: bool = True) -> tuple[Any, Any]:
     """A context model and its tokenizer; one with single contexts where ``recurrent`` is False."""
     from newllm.cli.loading import quiet
-    from newllm.models.files import load_model, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_model, load_tokenizer
 
     quiet()
     folder = model_folder(path)

@@ -48,7 +48,8 @@ def run(options: HarnessOptions) -> None:
     from newllm.cli.eval_recall import parse_lengths
     from newllm.cli.loading import checked_device, quiet
     from newllm.evaluation.rows import RowFile, weights_digest
-    from newllm.models.files import load_model, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_model, load_tokenizer
     from newllm.runs import commit
 
     try:

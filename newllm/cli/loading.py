@@ -29,7 +29,8 @@ def load_stream(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> S
     Senri and context models keep a state of constant size, any other model its own cache. Raises as
     :func:`load`, but for the kind of the model.
     """
-    from newllm.models.files import load_model, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_model, load_tokenizer
     from newllm.models.history import HistorySession
     from newllm.models.session import Session
     from newllm.models.streams import Model
@@ -48,7 +49,8 @@ def load_streaming(model: str, *, dtype: Dtype = "auto", device: str = "auto") -
 
     Raises as :func:`load`, and ``ValueError`` for a model of another kind.
     """
-    from newllm.models.files import load_streaming_model, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_streaming_model, load_tokenizer
 
     quiet()
     folder = model_folder(model)
@@ -69,7 +71,8 @@ def load(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[Se
     ``device`` ``auto`` is the first accelerator, or else the CPU. Raises as
     ``newllm.models.files.load_senri`` and ``load_tokenizer``, and ``ValueError`` for an unknown device.
     """
-    from newllm.models.files import load_senri, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_senri, load_tokenizer
 
     quiet()
     folder = model_folder(model)

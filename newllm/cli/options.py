@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from newllm.cli.presets import preset_path
+from newllm.files import one_line, read_yaml
 
 T = TypeVar("T")
 # The flags and keys that every command has besides its own.
@@ -62,16 +63,16 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
         _add(parser, option)
     _check_flags(words, options, name)
     words = _with_config_files(words, name)
-    for word, file in pairwise(words):
-        if word == "--config":
-            _check_keys(Path(file), [option.key for option in options])
+    files = [file for word, file in pairwise(words) if word == "--config"]
+    for file in files:
+        _check_keys(Path(file), [option.key for option in options])
     try:
-        found = parser.parse_args(words)
-    except ArgumentError as error:
-        raise ValueError(_sentence(error)) from error
+        options_found: T = _build(kind, parser.parse_args(words))
+    except (ArgumentError, ValueError) as error:
+        read = f" (with the configuration file {', '.join(files)})" if files else ""
+        raise ValueError(f"{_sentence(error)}{read}") from error
     except SystemExit:
         return None
-    options_found: T = _build(kind, found)
     return options_found
 
 
@@ -153,20 +154,15 @@ def _with_config_files(words: list[str], command: str) -> list[str]:
 
 
 def _check_keys(path: Path, known: list[str]) -> None:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the configuration file {path} is no YAML: {error}") from error
+    content = read_yaml(path, "the configuration file")
     if not isinstance(content, Mapping):
         raise ValueError(f"the configuration file {path} must hold 'key: value' lines")
     for key in _dotted(content, known):
         if key not in known:
             near = _nearest(key, known)
-            raise ValueError(f"the configuration file {path} has an unknown key {key!r}{near}")
+            raise ValueError(f"the configuration file {path} has an unknown key {key[:80]!r}{near}")
 
 
 def _dotted(content: Mapping[Any, Any], known: list[str], prefix: str = "") -> Iterator[str]:
@@ -185,7 +181,7 @@ def _nearest(name: str, allowed: list[str]) -> str:
 
 def _sentence(error: Exception) -> str:
     """jsonargparse's complaint on one line: the option, what is allowed, what came."""
-    text = " ".join(str(error).split()).removeprefix("Parser key ")
+    text = one_line(error).removeprefix("Parser key ")
     text = text.replace("typing.", "").replace("<class '", "").replace("'>", "")
     for pattern in _COMPLAINTS:
         if found := re.fullmatch(pattern, text):

@@ -201,6 +201,8 @@ def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     )  # fmt: skip
     data = {**corpus.record(), **streams.facts}
     shape = {"type": model.config.model_type, "parameters": parameters}
+    if (base := getattr(model.config, "base_model", None)) is not None:
+        shape["base"] = base
     say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in streams.facts.items()))
     say(f"model: {shape['type']}, {parameters:,} parameters")
     say(f"profile {profile_name}: {rows} rows of {options.stream.length} tokens, lr {config.lr:g}")
@@ -227,16 +229,17 @@ def _record(options: Any, facts: dict[str, Any], rank: int) -> Any:
     """The run's folder; a run that is not resumed loses what lay there."""
     import shutil
 
-    import yaml
-
+    from newllm.files import read_yaml, reading
     from newllm.runs import Run
 
     out = Path(options.out)
     before = out / "config.yaml"
     if options.resume and before.is_file():
-        old = (yaml.safe_load(before.read_text(encoding="utf-8")) or {}).get("data_read", {})
-        for part in ("train", "validation"):
-            if old.get(part, facts["data_read"][part])["sha256"] != facts["data_read"][part]["sha256"]:
+        with reading("the record", before):
+            old = (read_yaml(before, "the record") or {}).get("data_read", {})
+            known = {part: old[part]["sha256"] for part in ("train", "validation") if part in old}
+        for part, digest in known.items():
+            if digest != facts["data_read"][part]["sha256"]:
                 raise ValueError(f"resume needs the same {part} text as before, which was of {old['read']}")
     elif rank == 0 and not options.resume:
         for name in ("checkpoints", "best", "last"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from newllm.files import replace_file
+from newllm.files import read_rows, replace_file
 
 Row = dict[str, Any]
 IDENTITY = ("suite", "model", "weights", "memory", "length", "depth", "samples", "seed")
@@ -22,10 +22,9 @@ class RowFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        self.rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
-        self._mended = whole if len(whole) < len(text) else None
+        exists = self.path.exists()
+        self.rows: list[Row] = read_rows(self.path, dict) if exists else []
+        self._cut_off = exists and self.path.read_bytes()[-1:] not in (b"", b"\n")
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
         """The last row that agrees with ``identity`` in all that it names."""
@@ -37,8 +36,8 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Add ``row`` to the file at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._mended is not None:
-            whole, self._mended = self._mended, None
+        if self._cut_off:
+            whole, self._cut_off = "".join(f"{json.dumps(old)}\n" for old in self.rows), False
             replace_file(self.path, lambda path: path.write_text(whole, encoding="utf-8"))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from newllm.files import reading
+
 # Turns for models without a chat template of their own.
 _NAMES = {"user": "Human:", "assistant": "Assistant:", "system": "System:"}
 # Stands for the reply that the session has already read, while a template sets the turns around it.
@@ -55,4 +57,6 @@ def _plain(turns: Sequence[Turn]) -> str:
 
 def _templated(tokenizer: Any, turns: Sequence[Turn]) -> str:
     messages = [turn._asdict() for turn in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # A template is a program of the checkpoint's, run in a sandbox; it may refuse some orders of turns.
+    with reading("the chat template of", tokenizer.name_or_path):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

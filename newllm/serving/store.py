@@ -15,11 +15,14 @@ _SUFFIX = ".safetensors"
 
 
 class Kept(NamedTuple):
-    """A session on disk: bytes of its file, tokens read, time of its last turn in seconds since the epoch."""
+    """A session on disk: bytes of its file, tokens read, time of its last turn in seconds since the epoch.
+
+    ``tokens`` is None of a damaged file, which can still be deleted.
+    """
 
     id: str
     bytes: int
-    tokens: int
+    tokens: int | None
     used: float
 
 
@@ -69,7 +72,11 @@ class SessionStore:
         """What is known of a session without loading it. Raises ``KeyError`` where there is none."""
         path = self._existing(name)
         status = path.stat()
-        return Kept(name, status.st_size, tokens_in(path), status.st_mtime)
+        try:
+            tokens = tokens_in(path)
+        except ValueError:
+            tokens = None
+        return Kept(name, status.st_size, tokens, status.st_mtime)
 
     def _path(self, name: str) -> Path:
         if not _ID.fullmatch(name):

@@ -126,6 +126,7 @@ class SourceConfig:
     Args:
         limit: training documents at most (null: all, or the dataset's usual number).
         subset: a folder of the dataset, such as ``helpful-base`` of hh-rlhf.
+        revision: commit, tag or branch of a dataset of the hub (null: its newest); nothing stands in for it.
         column: the text's column in JSONL files.
         validation: fixed, or a text file, which is written if it does not exist.
         mirror: a folder of datasets as owner/name, read in place of the hub.
@@ -134,6 +135,7 @@ class SourceConfig:
 
     limit: int | None = None
     subset: str | None = None
+    revision: str | None = None
     column: str = "text"
     validation: str = "fixed"
     mirror: str | None = None

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from newllm.training.checkpoints import Checkpoints, told
+from newllm.files import reading, writing
+from newllm.training.checkpoints import Checkpoints
 
 _FILE = "state.pt"
 
@@ -48,10 +49,11 @@ class PhaseCheckpoints:
             return
         newest, self.complaints = self.checkpoints.newest()
         if newest is not None:
-            held = torch.load(newest / _FILE, map_location="cpu", weights_only=True)
-            self._results, self._stage, self._state, self._round = (
-                held[name] for name in ("results", "stage", "state", "round")
-            )
+            with reading("the checkpoint", newest):
+                held = torch.load(newest / _FILE, map_location="cpu", weights_only=True)
+                self._results, self._stage, self._state, self._round = (
+                    held[name] for name in ("results", "stage", "state", "round")
+                )
 
     @property
     def rounds(self) -> int:
@@ -85,7 +87,7 @@ class PhaseCheckpoints:
         """Write everything down."""
         self.checkpoints.clear_staging()
         folder = self.checkpoints.staging / f"checkpoint-{self._round}"
-        with told("the checkpoint", self.checkpoints.path(self._round)):
+        with writing(self.checkpoints.path(self._round), "the checkpoint"):
             folder.mkdir(parents=True)
             held = {"results": self._results, "stage": self._stage, "state": state, "round": self._round}
             torch.save(held, folder / _FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from newllm.data.streams import Batch
+from newllm.files import reading, writing
 from newllm.runs import Run
 from newllm.training.arguments import training_arguments
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.callbacks import Clipping, Interrupt, Progress, RunLog, Throughput
 from newllm.training.carry import CarriedStates
-from newllm.training.checkpoints import Checkpoints, replace_folder, step_of, told
+from newllm.training.checkpoints import Checkpoints, replace_folder, step_of
 from newllm.training.config import TrainConfig
 from newllm.training.feed import AtStart, Batches, Feed, Place
 from newllm.training.groups import freeze_features, outside_memory, parameter_groups
@@ -275,7 +277,11 @@ class LanguageTrainer(Trainer):
         """Write weights, configuration and tokenizer to the run's folder ``name``, all at once."""
         target = self.run.out / name
         temporary = target.with_name(f".{name}-saving")
-        with told("the model folder", target):
+        with writing(target, "the model folder"):
+            if self.args.should_save:
+                # What a killed process left there must not become part of this model.
+                shutil.rmtree(temporary, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             self.save_model(str(temporary), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -288,7 +294,7 @@ class LanguageTrainer(Trainer):
             self.checkpoints.clear_staging()
         self.accelerator.wait_for_everyone()
         try:
-            with told("the checkpoint", self.checkpoints.path(step)):
+            with writing(self.checkpoints.path(step), "the checkpoint"):
                 super()._save_checkpoint(model, trial)
                 torch.save(self._own_state(), staging / f"checkpoint-{step}" / self._own_name)
                 self.accelerator.wait_for_everyone()
@@ -320,11 +326,12 @@ class LanguageTrainer(Trainer):
         folder = self._resumed
         if folder is None or not (folder / self._own_name).is_file():
             return
-        own = torch.load(folder / self._own_name, map_location="cpu", weights_only=True)
-        if self._carried is not None:
-            self._carried.load_state_dict(own["carried"], self.args.device)
-        self._tr_loss += own["loss"].to(self._tr_loss.device)
-        self._globalstep_last_logged = own["last_logged"]
+        with reading("the checkpoint", folder):
+            own = torch.load(folder / self._own_name, map_location="cpu", weights_only=True)
+            if self._carried is not None:
+                self._carried.load_state_dict(own["carried"], self.args.device)
+            self._tr_loss += own["loss"].to(self._tr_loss.device)
+            self._globalstep_last_logged = own["last_logged"]
 
     def asked_to_stop(self) -> bool:
         """Whether any process got a signal."""

@@ -1,7 +1,6 @@
 """Configuration of Senri models."""
 
-from __future__ import annotations
-
+# Types are not postponed here: transformers checks fields against them.
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -58,18 +57,18 @@ class SenriConfig(LlamaConfig):
     segment: int | None = None
     memory_layers: list[int] | None = None
     layer_types: list[str] | None = None
-    gate: GateKind = "sigmoid"
-    rule: Rule = "linear"
-    feature: FeatureKind = "elu1"
-    feature_scale: float = 4.0
-    feature_bias: float = -4.0
+    gate: str = "sigmoid"
+    rule: str = "linear"
+    feature: str = "elu1"
+    feature_scale: float | int = 4.0
+    feature_bias: float | int = -4.0
     feature_order: int = 1
     write_gate: bool = False
-    memory_decay: float | None = None
+    memory_decay: float | int | None = None
     short_conv: int | None = None
     share_memory: bool = False
-    memory_eps: float = 1e-6
-    detach: Detach = "none"
+    memory_eps: float | int = 1e-6
+    detach: str = "none"
     bptt_segments: int | None = None
     prefill_chunk: int = 32768
     attention_out_bias: bool = False
@@ -119,7 +118,7 @@ class SenriConfig(LlamaConfig):
         """Nothing to add: heads need not fill the hidden size, as they must in Llama."""
 
     @classmethod
-    def from_base(cls, base: Any, **overrides: Any) -> SenriConfig:
+    def from_base(cls, base: Any, **overrides: Any) -> "SenriConfig":
         """The configuration of a Llama, SmolLM, Mistral, Qwen2 or Qwen3 model with a window and memory.
 
         Raises ``ValueError`` for another family.

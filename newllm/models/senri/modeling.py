@@ -34,6 +34,8 @@ class SenriBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: SenriConfig, layer: int) -> None:
         super().__init__()
+        # The configuration has checked the choices.
+        choices: Any = {name: getattr(config, name) for name in ("gate", "rule", "feature", "detach")}
         self.self_attn = InfiniAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -42,9 +44,6 @@ class SenriBlock(GradientCheckpointingLayer):
             window=config.sliding_window,
             segment=config.segment,
             memory=layer in (config.memory_layers or ()),
-            gate=config.gate,
-            rule=config.rule,
-            feature=config.feature,
             feature_scale=config.feature_scale,
             feature_bias=config.feature_bias,
             feature_order=config.feature_order,
@@ -52,12 +51,12 @@ class SenriBlock(GradientCheckpointingLayer):
             decay=config.memory_decay,
             short_conv=config.short_conv,
             eps=config.memory_eps,
-            detach=config.detach,
             bptt_segments=config.bptt_segments,
             rope_theta=None,
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             qk_norm=config.rms_norm_eps if config.qk_norm else None,
+            **choices,
         )
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
