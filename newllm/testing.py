@@ -34,15 +34,25 @@ def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "
 
     Raises AssertionError, also for another shape or dtype than the baseline's and for NaN.
     """
+    error, allowed = error_and_bar(out, oracle, baseline, name)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return error / allowed if allowed else 0.0
+
+
+def error_and_bar(
+    out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result"
+) -> tuple[float, float]:
+    """What :func:`assert_no_worse` compares: the error, and what is allowed.
+
+    Raises AssertionError for another shape or dtype than the baseline's, and for other integers.
+    """
     assert out.shape == oracle.shape == baseline.shape, f"{name}: {out.shape}, expected {baseline.shape}"
     assert out.dtype == baseline.dtype, f"{name}: {out.dtype}, expected {baseline.dtype}"
     if not out.is_floating_point():
         assert torch.equal(out, oracle), f"{name}: integers differ"
-        return 0.0
+        return 0.0, 0.0
     tiny = torch.finfo(out.dtype).eps * largest(oracle)
-    error, allowed = largest(out.double() - oracle), 2 * largest(baseline.double() - oracle) + tiny
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-    return error / allowed if allowed else 0.0
+    return largest(out.double() - oracle), 2 * largest(baseline.double() - oracle) + tiny
 
 
 def assert_rounding(out: Tensor, expected: Tensor, *, additions: int, magnitude: float) -> None:
@@ -140,12 +150,18 @@ class OpCase:
         that is reads an empty memory; ``rounding`` is the dtype that it rounds to instead (None: ``dtype``).
         Returns the largest share of what the rule allows that any result took.
         """
-        draws = [inputs, *others]
+        found = self.compared([inputs, *others], function, gradients, rounding or dtype)
+        return max(assert_no_worse(*three, name) for name, three in found.items())
+
+    def compared(
+        self, draws: list[Inputs], function: Callable[..., Any] | None, gradients: bool, rounding: torch.dtype
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """What the function, the oracle and the baseline give, by the names of the results."""
         found = self._stacked(partial(self.call, function=function), draws, gradients)
         oracle = self._stacked(self._referred(None), [mapped(_double, draw) for draw in draws], gradients)
-        baseline = self._stacked(self._referred(rounding or dtype), draws, gradients)
+        baseline = self._stacked(self._referred(rounding), draws, gradients)
         assert found.keys() == oracle.keys() == baseline.keys()
-        return max(assert_no_worse(out, oracle[name], baseline[name], name) for name, out in found.items())
+        return {name: (out, oracle[name], baseline[name]) for name, out in found.items()}
 
     def stays_finite(
         self, inputs: Inputs, *, function: Callable[..., Any] | None = None, gradients: bool = True

@@ -16,7 +16,7 @@ from newllm.testing import CASES, Inputs, OpCase
 from newllm.types import MemoryState
 from tests.attention_cases import has_gradients, in_calls, layer
 from tests.memory_cases import case_of
-from tests.row_families import DTYPES, FAMILIES, SECOND_LOOK, SMALL, TURNS, Row, share
+from tests.row_families import DTYPES, FAMILIES, SECOND_LOOK, SMALL, TURNS, Row, judge_most, share
 
 # What of the layer any split into calls may not change. (How far gradients reach is counted within a call.)
 SPLIT = ("", "learned", "no-rope", "tanh", "learned open", "delta", "learned delta", "local", "delta local",
@@ -138,10 +138,10 @@ def _sweep(row: Row, count: int) -> float:
             parts.append(contexts)
         return torch.cat(parts, 1), state
 
-    first, *others = _inputs(case, row, count)
-    return case.judge(
-        first, row.dtype, function=function, gradients=row.dtype != torch.float16, others=others
-    )
+    draws, gradients = _inputs(case, row, count), row.dtype != torch.float16
+    if count == SECOND_LOOK:
+        return judge_most(case, draws, row.dtype, function, gradients)
+    return case.judge(draws[0], row.dtype, function=function, gradients=gradients)
 
 
 def _kernel(row: Row, count: int) -> float:
