@@ -120,6 +120,8 @@ def _decode(choose: random.Random, scale: Scale, option: str, dtype: torch.dtype
     limit = 64 if dtype == torch.float16 else scale.tokens
     for name in ("window", "segment"):
         sizes[name] = min(sizes[name], limit)
+    if "local" in option:
+        sizes["window"] = sizes["segment"]
     # Row b has seen tokens - batch + b tokens.
     sizes["tokens"] = min(limit, sizes["tokens"]) + sizes["batch"]
     return {name: size for name, size in sizes.items() if name != "before"}

@@ -115,6 +115,8 @@ def soak(options: Options) -> bool:
     held, seconds = True, time.perf_counter() - began
     for each, start in zip(twins, before, strict=True):
         each.save()
+        if not seen[each.name]:
+            continue
         row = _measured(each, start, seen[each.name])
         held &= not row["failures"]
         _append(options, "soak", {"part": each.name, **row, "minutes": round(seconds / 60, 2)})
