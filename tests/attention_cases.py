@@ -14,7 +14,7 @@ from torch import Tensor
 
 from newllm import ops
 from newllm.reference import infini
-from newllm.testing import CASES, Draw, Inputs, OpCase, largest, mapped
+from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 
 # Few rows and heads: the interpreter takes its time by program.
@@ -97,20 +97,6 @@ def _long(draw: Draw, inputs: Inputs) -> Inputs:
     return {"q": q}
 
 
-def _huge(draw: Draw, inputs: Inputs) -> Inputs:
-    """Queries, keys and values up to 1e4, the state's ring too."""
-    changed: Inputs = {name: stretched(x) for name, x in _qkv(inputs)}
-    state = inputs.get("state")
-    if state is not None:
-        changed["state"] = state._replace(keys=stretched(state.keys), values=stretched(state.values))
-    return changed
-
-
-def stretched(x: Tensor) -> Tensor:
-    """``x`` scaled to a largest value of 1e4."""
-    return x * (1e4 / max(1.0, largest(x)))
-
-
 # Applied from left to right: "stream" follows what the memory depends on, "weights" and "by-row" follow it.
 CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
     "learned": _learned,
@@ -129,7 +115,6 @@ CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
     "stream": _stream,
     "by-row": _by_row,
     "long": _long,
-    "huge": _huge,
     # About half of the denominators are below it.
     "clamped": {"eps": 650.0},
 }

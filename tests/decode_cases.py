@@ -10,9 +10,6 @@ from torch import Tensor
 
 from newllm.testing import CASES, Draw, Inputs, OpCase
 from newllm.types import FeatureMap
-from tests.attention_cases import stretched
-
-CHANGES = ("plain", "tanh", "bias", "local", "no memory", "no rope", "rope by row", "huge")
 
 
 def changed(name: str, inputs: Inputs) -> Inputs:
@@ -27,7 +24,6 @@ def changed(name: str, inputs: Inputs) -> Inputs:
         "no memory": lambda: {"beta": None, "state": inputs["state"]._replace(matrix=None, norm=None)},
         "no rope": lambda: {"rope": None},
         "rope by row": lambda: {"rope": tuple(by_row(table, len(inputs["q"])) for table in inputs["rope"])},
-        "huge": lambda: _huge(inputs),
     }[name]()
 
 
@@ -35,12 +31,6 @@ def by_row(table: Tensor, rows: int) -> Tensor:
     """A table ``[B, N, K]`` whose rows differ, with a row too many at the front."""
     shifted = [torch.cat([table[:1], table.roll(row, 0)]) for row in range(rows)]
     return torch.stack(shifted)
-
-
-def _huge(inputs: Inputs) -> Inputs:
-    state = inputs["state"]
-    token = {name: stretched(inputs[name]) for name in ("q", "k", "v")}
-    return {**token, "state": state._replace(keys=stretched(state.keys), values=stretched(state.values))}
 
 
 def _decode(draw: Draw, variant: str, change: str) -> Inputs:

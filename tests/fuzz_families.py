@@ -16,7 +16,7 @@ from newllm.testing import CASES, Inputs, OpCase
 from newllm.types import MemoryState
 from tests.attention_cases import has_gradients, in_calls, layer
 from tests.memory_cases import case_of
-from tests.row_families import DTYPES, FAMILIES, SECOND_LOOK, SMALL, TURNS, Row, judge_most, share
+from tests.row_families import DTYPES, FAMILIES, SECOND_LOOK, SMALL, TURNS, Row, huge, judge_most, share
 
 # What of the layer any split into calls may not change. (How far gradients reach is counted within a call.)
 SPLIT = ("", "learned", "no-rope", "tanh", "learned open", "delta", "learned delta", "local", "delta local",
@@ -150,7 +150,7 @@ def _kernel(row: Row, count: int) -> float:
 
 
 def _stays_finite(row: Row) -> None:
-    case = layer(row.option)
+    case = huge(layer(row.option.removesuffix("huge")))
     (inputs,) = _inputs(case, row, 1)
     function = partial(case.public, backend="reference")
     case.stays_finite(inputs, function=function, gradients=row.dtype != torch.float16)

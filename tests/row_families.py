@@ -16,8 +16,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from newllm.testing import CASES, Inputs, OpCase, error_and_bar
+from newllm.testing import CASES, Draw, Inputs, OpCase, error_and_bar, largest
+from newllm.types import InfiniState
 from tests.attention_cases import has_gradients, layer, window
 from tests.decode_cases import decode
 from tests.memory_cases import VARIANTS, case_of
@@ -169,6 +171,26 @@ FAMILIES: dict[str, Family] = {
     "decode": Family(DECODE, _decode, lambda option: decode(*option.split("/")), 3),
     "context_sweep": Family(("context", "gated"), _sweep, _swept, 3),
 }
+
+
+def huge(case: OpCase) -> OpCase:
+    """The same case with queries, keys, values and inputs up to 1e4, those of its state's ring too."""
+
+    def make(draw: Draw, variant: Callable[[Draw], Inputs]) -> Inputs:
+        inputs = variant(draw)
+        changed: Inputs = {name: stretched(inputs[name]) for name in ("q", "k", "v", "x") if name in inputs}
+        state = inputs.get("state")
+        if isinstance(state, InfiniState):
+            changed["state"] = state._replace(keys=stretched(state.keys), values=stretched(state.values))
+        return {**inputs, **changed}
+
+    variants = {name: partial(make, variant=variant) for name, variant in case.variants.items()}
+    return replace(case, variants=variants)
+
+
+def stretched(x: Tensor) -> Tensor:
+    """``x`` scaled to a largest value of 1e4."""
+    return x * (1e4 / max(1.0, largest(x)))
 
 
 # Whose turn it is to be drawn.
