@@ -25,8 +25,8 @@ Inputs = dict[str, Any]
 GPU_DRAWS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
 
 
-def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result") -> None:
-    """The error rule: ``max|out - oracle| <= 2 max|baseline - oracle| + tiny``.
+def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result") -> float:
+    """The error rule: ``max|out - oracle| <= 2 max|baseline - oracle| + tiny``; the share that was taken.
 
     ``oracle`` is the reference in float64 on the same rounded inputs, ``baseline`` the reference computed
     in the inputs' dtype. ``tiny`` is eps of out's dtype times the largest oracle: what rounding the result
@@ -34,14 +34,25 @@ def assert_no_worse(out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "
 
     Raises AssertionError, also for another shape or dtype than the baseline's and for NaN.
     """
+    error, allowed = error_and_bar(out, oracle, baseline, name)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return error / allowed if allowed else 0.0
+
+
+def error_and_bar(
+    out: Tensor, oracle: Tensor, baseline: Tensor, name: str = "the result"
+) -> tuple[float, float]:
+    """What :func:`assert_no_worse` compares: the error, and what is allowed.
+
+    Raises AssertionError for another shape or dtype than the baseline's, and for other integers.
+    """
     assert out.shape == oracle.shape == baseline.shape, f"{name}: {out.shape}, expected {baseline.shape}"
     assert out.dtype == baseline.dtype, f"{name}: {out.dtype}, expected {baseline.dtype}"
     if not out.is_floating_point():
         assert torch.equal(out, oracle), f"{name}: integers differ"
-        return
+        return 0.0, 0.0
     tiny = torch.finfo(out.dtype).eps * largest(oracle)
-    error, allowed = largest(out.double() - oracle), 2 * largest(baseline.double() - oracle) + tiny
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return largest(out.double() - oracle), 2 * largest(baseline.double() - oracle) + tiny
 
 
 def assert_rounding(out: Tensor, expected: Tensor, *, additions: int, magnitude: float) -> None:
@@ -82,7 +93,7 @@ class Draw:
     def mask(self, *names: str) -> Tensor:
         """Bool, about two thirds True, False throughout the last row."""
         real = self.normal(*names, dtype=torch.float64) > -0.4
-        real[-1] = False
+        real[-1:] = False
         return real
 
     @property
@@ -130,20 +141,39 @@ class OpCase:
         function: Callable[..., Any] | None = None,
         gradients: bool = True,
         others: Iterable[Inputs] = (),
-    ) -> None:
+        rounding: torch.dtype | None = None,
+    ) -> float:
         """Hold ``function`` (None: the operator) with ``inputs`` of this ``dtype`` to the error rule.
 
         ``others`` are further draws of the inputs, judged as one with the first: the largest of a few
         errors is luck, on either side. The baseline's gradient overflows where float16 divides by eps,
-        that is reads an empty memory.
+        that is reads an empty memory; ``rounding`` is the dtype that it rounds to instead (None: ``dtype``).
+        Returns the largest share of what the rule allows that any result took.
         """
-        draws = [inputs, *others]
+        found = self.compared([inputs, *others], function, gradients, rounding or dtype)
+        return max(assert_no_worse(*three, name) for name, three in found.items())
+
+    def compared(
+        self, draws: list[Inputs], function: Callable[..., Any] | None, gradients: bool, rounding: torch.dtype
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """What the function, the oracle and the baseline give, by the names of the results."""
         found = self._stacked(partial(self.call, function=function), draws, gradients)
         oracle = self._stacked(self._referred(None), [mapped(_double, draw) for draw in draws], gradients)
-        baseline = self._stacked(self._referred(dtype), draws, gradients)
+        baseline = self._stacked(self._referred(rounding), draws, gradients)
         assert found.keys() == oracle.keys() == baseline.keys()
+        return {name: (out, oracle[name], baseline[name]) for name, out in found.items()}
+
+    def stays_finite(
+        self, inputs: Inputs, *, function: Callable[..., Any] | None = None, gradients: bool = True
+    ) -> None:
+        """Assert that nothing is NaN, nor infinite where the reference in float64 is within the dtype."""
+        found = self.results(partial(self.call, function=function), inputs, gradients)
+        oracle = self.results(self._referred(None), mapped(_double, inputs), gradients)
         for name, out in found.items():
-            assert_no_worse(out, oracle[name], baseline[name], name)
+            assert not out.isnan().any(), f"{name}: NaN"
+            if out.is_floating_point():
+                inside = oracle[name].abs() < torch.finfo(out.dtype).max / 2
+                assert out[inside].isfinite().all(), f"{name}: infinite"
 
     def _stacked(
         self, function: Callable[[Inputs], Any], draws: list[Inputs], gradients: bool

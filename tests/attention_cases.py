@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from newllm import ops
 from newllm.reference import infini
 from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
@@ -160,16 +162,50 @@ def judge(
         case.inputs("changed", dtype, device=device, seed=seed + i, **sizes) for i in range(draws)
     )
     function = partial(case.public, backend="fused")
-    case.judge(inputs, dtype, function=function, gradients=_has_gradients(inputs, dtype), others=others)
+    case.judge(inputs, dtype, function=function, gradients=has_gradients(inputs, dtype), others=others)
 
 
-def _has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:
+def has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:
     """Whether the error rule can judge the gradients of a call."""
     state = inputs.get("state")
     if dtype != torch.float16 or inputs.get("beta") is None:
         return True
     # A float16 reference divides by eps where the memory is empty: its gradient overflows.
     return state is not None and bool(state.norm.any((1, 2)).all())
+
+
+def in_calls(
+    cuts: tuple[int, ...],
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    padding_mask: Tensor | None = None,
+    backend: str = "fused",
+    decode: bool = False,
+    **inputs: Any,
+) -> Any:
+    """The layer's results from one call for each pair of ``cuts``; with ``decode`` lone tokens by steps."""
+    qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
+    batch, _, tokens, _ = qkv["q"].shape
+    device = qkv["q"].device
+    real = (
+        torch.ones(batch, tokens, dtype=torch.bool, device=device) if padding_mask is None else padding_mask
+    )
+    history = torch.arange(1 - (inputs["window"] or inputs["segment"]), 0, device=device)
+    state, outs = None, []
+    for start, end in pairwise(cuts):
+        index = real[:, start:end].cumsum(1) - 1
+        if state is not None:
+            index = torch.cat([history.expand(batch, -1), index], 1) + state.position[:, None]
+        call: Inputs = {name: x[:, :, start:end] for name, x in qkv.items()} | {"state": state}
+        if rope is not None:
+            call["rope"] = tuple(table[index.clamp(min=0)] for table in rope)
+        if decode and state is not None and end - start == 1:
+            outs.append(ops.infini_decode(**call, **inputs, active=real[:, start], backend=backend))
+            continue
+        mask = {} if padding_mask is None else {"padding_mask": real[:, start:end]}
+        out, state = ops.infini_attention(**call, **mask, **inputs, backend=backend)
+        outs.append(out)
+    return torch.cat(outs, 2), state
 
 
 def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from newllm.files import read_rows, replace_file
 from newllm.runs import provenance
+from tests.reliability_parts import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/reliability.jsonl"
@@ -23,7 +24,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(suite: str, options: Any) -> bool:
+def run(suite: str, options: Options) -> bool:
     """Run the tests of ``suite`` that ``options.k`` selects (None: all), slow ones too; whether all held.
 
     The row of each test that held and counted something is replaced.

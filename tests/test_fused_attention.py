@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from newllm import ops
 from newllm.ops import attention_fused as fused
 from newllm.testing import CASES, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
-from tests.attention_cases import SIZES, Launches, judge, layer, patch_once, window
+from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, patch_once, window
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -99,23 +97,6 @@ def test_the_window_obeys_the_error_rule(
 
 
 # What a call may not depend on
-
-
-def in_calls(cuts: tuple[int, ...], rope: tuple[Tensor, Tensor], padding_mask: Tensor, **inputs: Any) -> Any:
-    """The layer's results from one call for each pair of ``cuts``."""
-    qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
-    history = torch.arange(1 - inputs["window"], 0, device=padding_mask.device)
-    state, outs = None, []
-    for start, end in pairwise(cuts):
-        real = padding_mask[:, start:end]
-        index = real.cumsum(1) - 1
-        if state is not None:
-            index = torch.cat([history.expand(len(real), -1), index], 1) + state.position[:, None]
-        call = {name: x[:, :, start:end] for name, x in qkv.items()}
-        call["rope"] = tuple(table[index.clamp(min=0)] for table in rope)
-        out, state = ops.infini_attention(**call, **inputs, state=state, padding_mask=real, backend="fused")
-        outs.append(out)
-    return torch.cat(outs, 2), state
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 from newllm import ops
 from newllm.ops.infini_decode_fused import infini_decode as contract
 from newllm.reference.infini import empty_state, infini_attention
-from newllm.testing import CASES, GPU_DRAWS, assert_no_worse, leaves, mapped
+from newllm.testing import CASES, GPU_DRAWS, Inputs, assert_no_worse, leaves, mapped
 from newllm.types import FeatureMap, InfiniState
+from tests.decode_cases import decode
 
 CASE = CASES["infini_decode"]
 FUSED = partial(ops.infini_decode, backend="fused")
-Inputs = dict[str, Any]
 
 # Row b of a case has seen tokens - batch + b tokens, so the rows differ in phase.
 SMALL = {"batch": 2, "heads": 4, "kv_heads": 2, "tokens": 9, "key": 6, "value": 5, "window": 5, "segment": 4}
@@ -40,32 +39,11 @@ BRIM = {**SMALL, "tokens": 17, "window": 16, "segment": 16}
 SINGLE = {**SMALL, "window": 1, "segment": 1}
 
 
-def changed(name: str, inputs: Inputs) -> Inputs:
-    """The inputs of a case with one thing different."""
-    kv_heads, beta = inputs["k"].shape[1], inputs["beta"]
-    scale = torch.linspace(0.5, 4, kv_heads).to(beta)
-    return {
-        "plain": lambda: {},
-        "tanh": lambda: {"gate": "tanh", "beta": beta / 8, "feature": FeatureMap(scale=scale)},
-        "bias": lambda: {"feature": FeatureMap(bias=-scale), "rule": "delta"},
-        "local": lambda: {"window": None},
-        "no memory": lambda: {"beta": None, "state": inputs["state"]._replace(matrix=None, norm=None)},
-        "no rope": lambda: {"rope": None},
-        "rope by row": lambda: {"rope": tuple(by_row(table, len(inputs["q"])) for table in inputs["rope"])},
-    }[name]()
-
-
-def by_row(table: Tensor, rows: int) -> Tensor:
-    """A table ``[B, N, K]`` whose rows differ, with a row too many at the front."""
-    shifted = [torch.cat([table[:1], table.roll(row, 0)]) for row in range(rows)]
-    return torch.stack(shifted)
-
-
 def judged(sizes: dict[str, int], variant: str, change: str, dtype: torch.dtype, device: str) -> None:
+    case = decode(variant, change)
     draws = range(GPU_DRAWS[dtype] if device == "cuda" else 1)
-    drawn = [CASE.inputs(variant, dtype, device=device, seed=seed, **sizes) for seed in draws]
-    first, *others = ({**inputs, **changed(change, inputs)} for inputs in drawn)
-    CASE.judge(first, dtype, function=FUSED, others=others)
+    first, *others = (case.inputs("changed", dtype, device=device, seed=seed, **sizes) for seed in draws)
+    case.judge(first, dtype, function=FUSED, others=others)
 
 
 FEW = [

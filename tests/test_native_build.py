@@ -18,16 +18,6 @@ from newllm import backend
 built = pytest.mark.skipif(not backend.native(), reason="newllm._C was not built for this installation")
 
 
-@pytest.fixture(scope="module")
-def native() -> ModuleType:
-    """``csrc/build.py``."""
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources, with an extension that an earlier build left."""

@@ -211,11 +211,11 @@ def recall(
         phase = (position % segment)[:, None]
         index = torch.arange(count * segment, device=q.device) - phase
         features = take(features, index.clamp(0, tokens - 1))
-    grouped = (
-        features.view(batch, kv_heads, -1, count, segment, features.shape[-1]).transpose(2, 3).flatten(3, 4)
-    )
-    out = read(grouped, before.matrix, before.norm, eps)
-    out = out.unflatten(3, (-1, segment)).transpose(2, 3).reshape(batch, heads, count * segment, -1)
+    group, columns = heads // kv_heads, before.matrix.shape[-1]
+    split = features.view(batch, kv_heads, group, count, segment, features.shape[-1])
+    out = read(split.transpose(2, 3).flatten(3, 4), before.matrix, before.norm, eps)
+    out = out.unflatten(3, (group, segment)).transpose(2, 3)
+    out = out.reshape(batch, heads, count * segment, columns)
     if position is None:
         return out[:, :, :tokens]
     return take(out, phase + torch.arange(tokens, device=q.device))

@@ -69,8 +69,9 @@ def memory_retrieve(
     """Read ``q [B, H, T, K]`` from ``state``: ``[B, H, T, V]`` in q's dtype, zeros from an empty memory."""
     compute = compute_dtype or state_dtype(q.dtype)
     features = feature_map(q.to(compute), feature)
-    grouped = features.unflatten(1, (state.norm.shape[1], -1)).flatten(2, 3)
-    return read(grouped, state.matrix, state.norm, eps).view(*q.shape[:3], -1).to(q.dtype)
+    kv_heads, columns = state.matrix.shape[1], state.matrix.shape[3]
+    grouped = features.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).flatten(2, 3)
+    return read(grouped, state.matrix, state.norm, eps).view(*q.shape[:3], columns).to(q.dtype)
 
 
 def read(features: Tensor, matrix: Tensor, norm: Tensor, eps: float) -> Tensor:
