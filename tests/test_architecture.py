@@ -236,11 +236,12 @@ def test_checklist_row_has_a_test(row: int) -> None:
 
 def test_row_85_ci_runs_the_checks_that_contributing_names() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    commands = ["python -m ruff check .", "python -m ruff format --check .", "python -m mypy", "pytest -q"]
+    tests = "pytest -q -n auto --dist worksteal"
+    commands = ["python -m ruff check .", "python -m ruff format --check .", "python -m mypy", tests]
     assert [line for line in script if line in commands] == commands
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert [command for command in commands if command not in text] == []
-    assert "pytest -q" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tests in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_row_85_commit_subjects_are_short() -> None:

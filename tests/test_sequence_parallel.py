@@ -169,7 +169,7 @@ def test_a_stream_goes_on_over_ranks() -> None:
     assert torch.equal(torch.cat(outs, 2), whole)
     assert isinstance(carried, InfiniState)
     for found, expected in zip(carried, state, strict=True):
-        assert torch.equal(found, expected)
+        assert found is expected or torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "delta", "no memory"])
