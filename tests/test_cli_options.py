@@ -191,5 +191,5 @@ def test_presets_that_are_named_are_the_commands_own() -> None:
 def test_values_of_the_wrong_type_in_a_file_are_told(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("inner: {rate: fast}")
-    with pytest.raises(ValueError, match=r"^inner.rate must be a number, got fast$"):
+    with pytest.raises(ValueError, match=r"^inner\.rate must be a number, got fast \(with .*some\.yaml\)$"):
         parsed("x", "--out", "y", "--config", str(file))

@@ -224,13 +224,13 @@ def test_one_graph_serves_every_token(compiler: str, fused_device: str) -> None:
     compiled: Callable[..., Tensor] = torch.compile(FUSED, fullgraph=True, backend=frames)
     inputs = stream(6, fused_device)
     mine, eager = fresh(inputs), fresh(inputs)
-    addresses = [x.data_ptr() for x in mine]  # type: ignore[union-attr]
+    addresses = [x.data_ptr() for x in mine[:5]]  # type: ignore[union-attr]
     qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
     with torch.no_grad():
         for t in range(6):
             token = {name: x[:, :, t : t + 1] for name, x in qkv.items()}
             assert torch.equal(compiled(**token, **inputs, state=mine), FUSED(**token, **inputs, state=eager))
-    assert [x.data_ptr() for x in mine] == addresses  # type: ignore[union-attr]
+    assert [x.data_ptr() for x in mine[:5]] == addresses  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(leaves(mine), leaves(eager), strict=True))
     assert mine.norm is not None
     assert mine.norm.any()

@@ -266,7 +266,7 @@ def test_session_outlives_the_server(tmp_path: Path) -> None:
 
 def test_damaged_session_is_told(served: Served, client: OpenAI) -> None:
     (served.engine.store.folder / "bad.safetensors").write_bytes(b"words")
-    with pytest.raises(openai.BadRequestError, match=r"bad\.safetensors is damaged"):
+    with pytest.raises(openai.BadRequestError, match=r"bad\.safetensors cannot be read"):
         client.completions.create(prompt="a", **GREEDY, **session("bad"))
     (served.engine.store.folder / "bad.safetensors").unlink()
 

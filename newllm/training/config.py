@@ -61,7 +61,10 @@ class ConvertConfig:
         memory_layers: layers with a memory (null: two of them, at thirds of the depth).
         gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
         rule: how the memory is written.
-        write_gate, memory_decay, short_conv, share_memory: as of a new model.
+        write_gate: learn how much each token counts in a memory.
+        memory_decay: as of a new model.
+        short_conv: as of a new model, the identity at the start.
+        share_memory: as of a new model.
     """
 
     window: int = 1024
