@@ -193,3 +193,6 @@ def test_values_of_the_wrong_type_in_a_file_are_told(tmp_path: Path) -> None:
     file.write_text("inner: {rate: fast}")
     with pytest.raises(ValueError, match=r"^inner\.rate must be a number, got fast \(with .*some\.yaml\)$"):
         parsed("x", "--out", "y", "--config", str(file))
+    file.write_text("inner: {rate: }")
+    with pytest.raises(ValueError, match=r"^inner\.rate must have a value, got null \(with .*some\.yaml\)$"):
+        parsed("x", "--out", "y", "--config", str(file))

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from newllm.cli.presets import preset_path
 from newllm.files import one_line, read_yaml
@@ -205,10 +205,13 @@ _KINDS = {
 }
 
 
-def _build(kind: Any, found: Any) -> Any:
+def _build(kind: Any, found: Any, prefix: str = "") -> Any:
     hints = get_type_hints(kind)
     values = {}
     for field in fields(kind):
-        value, hint = getattr(found, field.name), hints[field.name]
-        values[field.name] = _build(hint, value) if is_dataclass(hint) else value
+        value, hint, key = getattr(found, field.name), hints[field.name], f"{prefix}{field.name}"
+        # A file's null passes for any type.
+        if value is None and type(None) not in get_args(hint):
+            raise ValueError(f"{key} must have a value, got null")
+        values[field.name] = _build(hint, value, f"{key}.") if is_dataclass(hint) else value
     return kind(**values)
