@@ -25,15 +25,6 @@ class Options(ConvertConfig):
     Args:
         source: folder, hub id, GGUF file, or ``smollm2`` (see ``newllm data get``).
         out: folder to write.
-        window: keys that a query sees.
-        segment: tokens folded into the memory at once (null: the window).
-        memory_layers: layers with a memory (null: two of them, at thirds of the depth).
-        gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
-        rule: how the memory is written.
-        write_gate: learn how much each token counts in a memory.
-        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
-        short_conv: taps of a causal convolution over q and k, the identity at the start (null: none).
-        share_memory: one memory for all layers that have one (linear rule).
         dtype: of the weights (auto: the checkpoint's; float32 for GGUF).
         overwrite: replace a folder that exists.
     """

@@ -177,9 +177,8 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def _read(auto: Any, path: str | Path, **options: Any) -> Any:
+def _read(auto: Any, folder: Path, **options: Any) -> Any:
     """``auto.from_pretrained`` of data alone, its many failures said in one sentence."""
-    folder = model_folder(path)
-    with reading("the checkpoint", path):
+    with reading("the checkpoint", folder):
         # None would ask on the terminal whether to run what the folder holds.
         return auto.from_pretrained(str(folder), trust_remote_code=False, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -83,12 +84,12 @@ def infini_attention(
     checks.decay(decay, segment_weight, k)
     reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
     chosen = backends.resolve("infini_attention", q.device, backend, reason)
-    run = {
+    runs: dict[str, Callable[..., tuple[Tensor, InfiniState]]] = {
         "reference": partial(reference.infini_attention, decay=decay),
-        "fused": partial(fused.infini_attention),
-    }[chosen]
+        "fused": fused.infini_attention,
+    }
     with context:
-        return run(
+        return runs[chosen](
             q,
             k,
             v,

@@ -62,9 +62,9 @@ class ConvertConfig:
         gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
         rule: how the memory is written.
         write_gate: learn how much each token counts in a memory.
-        memory_decay: as of a new model.
-        short_conv: as of a new model, the identity at the start.
-        share_memory: as of a new model.
+        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
+        short_conv: taps of a causal convolution over q and k, the identity at the start (null: none).
+        share_memory: one memory for all layers that have one (linear rule).
     """
 
     window: int = 1024
