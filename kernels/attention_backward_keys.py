@@ -13,6 +13,7 @@ from newllm.kernels.attention_tiles import (
     softmax_weights,
     tiled,
     two_halves,
+    warp_specialised,
 )
 from newllm.kernels.common import LOG2E, cast, dot, padded, precision
 from newllm.kernels.tiles import tiles_of
@@ -112,6 +113,11 @@ def key_gradients(
     ``lse [B, H, T]`` makes the weights, ``delta`` is what the softmax takes off the output's gradient.
     """
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    # Lines of the copy engine begin at multiples of 16 bytes.
+    if tokens % 4 == 0 and warp_specialised(layout.window, (64, 128), q, k, v, do):
+        import newllm.kernels.attention_hopper_keys as hopper
+
+        return hopper.key_gradients(q, k, v, do, lse, delta, layout)
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_backward_keys_kernel", q.device, max(bk, bv), q.element_size())

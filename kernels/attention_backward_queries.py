@@ -19,6 +19,7 @@ from newllm.kernels.attention_tiles import (
     softmax_weights,
     tiled,
     two_halves,
+    warp_specialised,
 )
 from newllm.kernels.common import LOG2E, cast, dot, exponential, memory_dtype, padded, precision
 from newllm.kernels.tiles import tiles_of
@@ -149,6 +150,12 @@ def query_gradients(
     Returns the queries' share ``[2, HKV]`` of the gradients of scale and bias, if there are any.
     """
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    if heads // kv_heads % 2 == 0 and warp_specialised(layout.window, (128,), rotated, k, v, do):
+        import newllm.kernels.attention_hopper_queries as hopper
+
+        return hopper.query_gradients(
+            q, rotated, k, v, do, lse, layout, rope, memory, ready, dq
+        )
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_backward_queries_kernel", q.device, max(bk, bv), q.element_size())

@@ -19,6 +19,7 @@ from newllm.kernels.attention_tiles import (
     softmax_weights,
     tiled,
     two_halves,
+    warp_specialised,
 )
 from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padded, precision
 from newllm.kernels.rotate import ROWS, Keys
@@ -190,6 +191,10 @@ def attend(
     """
     q, v, k = rows_contiguous(q), rows_contiguous(v), keys.rotated
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    if heads // kv_heads % 2 == 0 and warp_specialised(layout.window, (128,), q, k, v):
+        import newllm.kernels.attention_hopper_forward as hopper
+
+        return hopper.attend(q, keys, v, layout, rope, memory)
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_forward_kernel", q.device, max(bk, bv), q.element_size())

@@ -31,6 +31,20 @@ def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]), True
 
 
+def warp_specialised(window: int | None, widths: tuple[int, ...], *tensors: Tensor) -> bool:
+    """Whether the kernels for Hopper take ``[B, H, T, D]`` tensors: bfloat16, one of ``widths``, a window."""
+    return window is not None and all(
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and x.shape[3] in widths
+        and x.shape[3] == tensors[0].shape[3]
+        and tiled(x, 1, x.shape[3])[1]
+        and all(x.stride()[:-1])
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        for x in tensors
+    )
+
+
 def _has_copy_engine(x: Tensor) -> bool:
     return INTERPRETED.value or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
@@ -202,7 +216,7 @@ def query_tile(tile, position, T, length, S, N, BT: tl.constexpr, SEGMENTED: tl.
 @triton.jit
 def row_facts(position, length, b, T, P):
     """Row b's tokens before this call, its real tokens in this call, and the first slot that holds a key."""
-    before = tl.zeros((), tl.int64)
+    before = b * 0
     if position is not None:
         before = tl.load(position + b)
     count = T

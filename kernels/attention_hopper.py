@@ -1,0 +1,117 @@
+"""What the attention kernels for Hopper share: rings of tiles, filled by one warp and read by warp groups.
+
+A kernel's partitions are a *producer* of one warp, whose copies fill the rings, and two *consumers* of four
+warps, whose products and softmax get out of step, so that one keeps the tensor cores busy while the other
+takes exponentials (Shah et al., FlashAttention-3, section 3.1). Plain Triton has no such thing; Gluon, its
+lower level, has.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from newllm.kernels.attention_tiles import query_tile, row_facts
+
+# Rows of a consumer, and rows of a tile in a ring: one step of warp-group products.
+ROWS = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
+# Registers: a launch's threads have LIMIT each until consumers take REGISTERS and leave the producer 24.
+LIMIT, REGISTERS = 168, 240
+
+# Triton renamed both.
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+def tiles(x: Tensor, rows: int = ROWS.value) -> TensorDescriptor:
+    """``x [B, H, T, D]`` in bfloat16, in tiles of so many rows."""
+    block = [1, 1, rows, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def numbers(x: Tensor, rows: int) -> TensorDescriptor:
+    """``x [B, H, T]`` in float32, in tiles of so many numbers; T is a multiple of 4."""
+    block = [1, 1, rows]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N barriers that wait for COUNT arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def await_filled(full, step, STAGES: gl.constexpr):
+    """Wait for the ring's tile of this step."""
+    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+
+
+@gluon.jit
+def await_free(empty, step, STAGES: gl.constexpr):
+    """Wait until the ring's place for this step has been read by all."""
+    mbarrier.wait(empty.index(step % STAGES), step // STAGES & 1 ^ 1)
+
+
+@gluon.jit
+def release(empty, step, STAGES: gl.constexpr):
+    """This consumer has read the ring's tile of this step."""
+    mbarrier.arrive(empty.index(step % STAGES))
+
+
+@gluon.jit
+def fetch(source, b, h, row, bar, place):
+    """Begin to copy a tile from ``row`` on, zeros behind the last, and count its bytes at ``bar``."""
+    _copy(source, [b.to(gl.int32), h.to(gl.int32), row, 0], bar, place)
+
+
+@gluon.jit
+def fetch_numbers(source, b, h, row, bar, place):
+    """The same for :func:`numbers`."""
+    _copy(source, [b.to(gl.int32), h.to(gl.int32), row], bar, place)
+
+
+@gluon.jit
+def fill(source, b, h, row, ring, full, empty, step, D: gl.constexpr, STAGES: gl.constexpr):
+    """The ring's tile of this step, once there is place."""
+    await_free(empty, step, STAGES)
+    bar = full.index(step % STAGES)
+    mbarrier.expect(bar, ROWS * D * 2)
+    fetch(source, b, h, row, bar, ring.index(step % STAGES))
+
+
+@gluon.jit
+def rows_of(ring, place, D: gl.constexpr):
+    """A tile of a ring: ``[rows, D]``."""
+    return ring.index(place).reshape([ring.shape[3], D])
+
+
+@gluon.jit
+def queries_and_keys(tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED: gl.constexpr):
+    """Where a tile of queries lies, and which tiles of keys its rows see.
+
+    Returns the row's index in the batch, the first of its CONSUMERS heads, the segment, the first query, the
+    one behind the last, the number of real ones, the first slot with a key, the first slot of the first tile
+    of keys and the number of tiles, never none.
+    """
+    head = (tile // tiles).to(gl.int64) * CONSUMERS
+    b, h = head // H, head % H
+    before, count, floor = row_facts(position, length, b, T, P)
+    segment, border, first, end = query_tile(tile % tiles, before, T, count, S, N, ROWS, SEGMENTED)
+    last = gl.minimum(first + ROWS, gl.minimum(end, count))
+    start = gl.maximum(floor, first + P - W + 1) // ROWS * ROWS
+    steps = gl.maximum((last + P - start + ROWS - 1) // ROWS, 1)
+    return b, h, segment, first, end, count, floor, start, steps
+
+
+def processors(device: torch.device) -> int:
+    """How many programs of one a multiprocessor a device holds."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
