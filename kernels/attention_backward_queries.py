@@ -153,9 +153,7 @@ def query_gradients(
     if heads // kv_heads % 2 == 0 and warp_specialised(layout.window, (128,), rotated, k, v, do):
         import newllm.kernels.attention_hopper_queries as hopper
 
-        return hopper.query_gradients(
-            q, rotated, k, v, do, lse, layout, rope, memory, ready, dq
-        )
+        return hopper.query_gradients(q, rotated, k, v, do, lse, layout, rope, memory, ready, dq)
     value_width = v.shape[3]
     bk, bv = two_halves(key_width), padded(value_width)
     sizes = tiles_of("_infini_attention_backward_queries_kernel", q.device, max(bk, bv), q.element_size())

@@ -88,21 +88,24 @@ def _consume(
         h += C
         own = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         real = first + own < gl.minimum(end, count)
+        # What is known without the queries is loaded while they are on their way.
+        known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
+        longest = _longest_key(known, start, gl.minimum(start + steps * ROWS, T + P), MEASURED)
+        if cos is not None:
+            at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
+            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
+            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
+            c, s = gl.load(cos + row), gl.load(sin + row)
+            c2, s2 = gl.load(cos + row + HALF), gl.load(sin + row + HALF)
         mbarrier.wait(q_full.index(C), visit & 1)
         raw = rows_of(q_tiles, C, D)
         # [ROWS, D/2]
         left, right = raw.slice(0, HALF, 1).load(LEFT), raw.slice(HALF, HALF, 1).load(LEFT)
         if cos is not None:
-            at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
-            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
-            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
             x, y = left.to(gl.float32), right.to(gl.float32)
-            left = (x * gl.load(cos + row) - y * gl.load(sin + row)).to(dtype)
-            right = (y * gl.load(cos + row + HALF) + x * gl.load(sin + row + HALF)).to(dtype)
+            left, right = (x * c - y * s).to(dtype), (y * c2 + x * s2).to(dtype)
         x, y = left.to(gl.float32), right.to(gl.float32)
         square = gl.max(gl.sum(x * x, 1) + gl.sum(y * y, 1), 0)
-        known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
-        longest = _longest_key(known, start, gl.minimum(start + steps * ROWS, T + P), MEASURED)
         if square * longest * LOG2E * LOG2E < SAFE * SAFE * D:
             highest, sums, acc = _attend_bounded(
                 left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start,

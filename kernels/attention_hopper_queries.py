@@ -91,10 +91,7 @@ def _consume(
         level = gl.load(lse + base + own, mask=real, other=0.0)
         shift = gl.load(delta + base + own, mask=real, other=0.0)
         mbarrier.wait(q_full.index(C), visit & 1)
-        queries, gradient = rows_of(q_tiles, C, D).load(LEFT), rows_of(do_tiles, C, D).load(LEFT)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(C))
-        visit += 1
+        gradient = rows_of(do_tiles, C, D).load(LEFT)
         if norms is not None:
             # The memory's share waits where the queries lay, not in registers that the window's loop needs.
             _store_recall_gradient(
@@ -103,31 +100,37 @@ def _consume(
                 dq + base * D, dfeature, ((b * H + h) * tiles + tile % tiles) * 2, v_ring, v_full, v_empty,
                 v_step, hkv, first, end, count, T, D, STAGES,
             )  # fmt: skip
-            v_step += D // ROWS
+            v_step += 2
+            # Other threads read it again.
+            synchronize()
+        queries = rows_of(q_tiles, C, D).load(LEFT)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(C))
+        visit += 1
         acc = _attend_backward(
             queries, gradient, level, shift, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step,
             first, start, steps, floor, P, W, D, STAGES,
         )  # fmt: skip
         k_step += steps
         v_step += steps
-        left, right = (acc * D**-0.5).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
-        left, right = gl.convert_layout(left, PLAIN), gl.convert_layout(right, PLAIN)
-        line, element = (
-            gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN)),
-            gl.arange(0, HALF, gl.SliceLayout(0, PLAIN)),
-        )
-        if cos is not None:
-            at = gl.minimum(first + line, T - 1)
-            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
-            x, y = left, right
-            left = x * gl.load(cos + row) + y * gl.load(sin + row + HALF)
-            right = y * gl.load(cos + row + HALF) - x * gl.load(sin + row)
+        line = gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN))
+        element = gl.arange(0, HALF, gl.SliceLayout(0, PLAIN))
         places = dq + base * D + line[:, None] * D + element[None, :]
         stored, kept = (first + line < end)[:, None], (first + line < count)[:, None]
         if norms is not None:
-            synchronize()
-            left += gl.load(places, mask=stored, other=0.0).to(gl.float32)
-            right += gl.load(places + HALF, mask=stored, other=0.0).to(gl.float32)
+            told = gl.load(places, mask=stored, other=0.0)
+            told2 = gl.load(places + HALF, mask=stored, other=0.0)
+        if cos is not None:
+            at = gl.minimum(first + line, T - 1)
+            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
+            c, s = gl.load(cos + row), gl.load(sin + row)
+            c2, s2 = gl.load(cos + row + HALF), gl.load(sin + row + HALF)
+        left, right = (acc * D**-0.5).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+        left, right = gl.convert_layout(left, PLAIN), gl.convert_layout(right, PLAIN)
+        if cos is not None:
+            left, right = left * c + right * s2, right * c2 - left * s
+        if norms is not None:
+            left, right = left + told.to(gl.float32), right + told2.to(gl.float32)
         gl.store(places, gl.where(kept, left, 0.0).to(dtype), mask=stored)
         gl.store(places + HALF, gl.where(kept, right, 0.0).to(dtype), mask=stored)
 
@@ -139,37 +142,53 @@ def _store_recall_gradient(
 ):  # fmt: skip
     """Store the gradient of raw queries through the memory, and their shares of scale's and bias's."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    line, element = (
-        gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)),
-        gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)),
-    )
+    HALF: gl.constexpr = D // 2
+    line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    element = gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
     real = first + line < gl.minimum(end, count)
     pull = gl.load(pulls + line, mask=real, other=0.0)[:, None]
     share = gl.load(shares + line, mask=real, other=0.0)[:, None]
     a, o = 1.0, 0.0
     if scale is not None:
         a, o = gl.load(scale + hkv), gl.load(bias + hkv)
-    none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    by_bias, by_scale = gl.sum(none, 1), gl.sum(none, 1)
     at = gl.minimum(first + line, T - 1).to(gl.int64)
-    for part in gl.static_range(D // ROWS):
-        # [ROWS, ROWS]
-        x = gl.load(raw + (at * raw_row)[:, None] + (part * ROWS + element)[None, :]).to(gl.float32)
-        await_filled(v_full, v_step + part, STAGES)
-        matrix = rows_of(v_ring, (v_step + part) % STAGES, D)
-        slope = warpgroup_mma(gradient, matrix.permute((1, 0)), none, use_acc=False, is_async=True)
-        slope = warpgroup_mma_wait(0, [slope])
-        release(v_empty, v_step + part, STAGES)
-        slope = slope - pull * gl.load(norm + part * ROWS + element)[None, :]
-        slope = slope * share * exponential(gl.minimum(x * a + o, 0.0), False)
-        if scale is not None:
-            by_bias += gl.sum(slope, 1)
-            by_scale += gl.sum(slope * x, 1)
-        places = dq + line[:, None] * D + (part * ROWS + element)[None, :]
-        gl.store(places, (slope * a).to(dq.dtype.element_ty), mask=(first + line < end)[:, None])
+    raw += (at * raw_row)[:, None] + element[None, :]
+    # [ROWS, D/2]; loaded before anything waits
+    x, x2 = gl.load(raw), gl.load(raw + HALF)
+    slope = _begin_product(gradient, v_ring, v_full, v_step, D, STAGES)
+    slope2 = _begin_product(gradient, v_ring, v_full, v_step + 1, D, STAGES)
+    slope = warpgroup_mma_wait(1, [slope])
+    release(v_empty, v_step, STAGES)
+    slope = (
+        (slope - pull * gl.load(norm + element)[None, :])
+        * share
+        * exponential(gl.minimum(x.to(gl.float32) * a + o, 0.0), False)
+    )
+    slope2 = warpgroup_mma_wait(0, [slope2])
+    release(v_empty, v_step + 1, STAGES)
+    slope2 = (
+        (slope2 - pull * gl.load(norm + HALF + element)[None, :])
+        * share
+        * exponential(gl.minimum(x2.to(gl.float32) * a + o, 0.0), False)
+    )
+    places, stored = dq + line[:, None] * D + element[None, :], (first + line < end)[:, None]
+    gl.store(places, (slope * a).to(dq.dtype.element_ty), mask=stored)
+    gl.store(places + HALF, (slope2 * a).to(dq.dtype.element_ty), mask=stored)
     if scale is not None:
-        gl.store(dfeature + place, gl.sum(by_scale, 0))
-        gl.store(dfeature + place + 1, gl.sum(by_bias, 0))
+        gl.store(
+            dfeature + place, gl.sum(gl.sum(slope * x.to(gl.float32) + slope2 * x2.to(gl.float32), 1), 0)
+        )
+        gl.store(dfeature + place + 1, gl.sum(gl.sum(slope + slope2, 1), 0))
+
+
+@gluon.jit
+def _begin_product(rows, ring, full, step, D: gl.constexpr, STAGES: gl.constexpr):
+    """Begin the products of ``rows`` with those of a ring's tile: [ROWS, ROWS]."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
+    await_filled(full, step, STAGES)
+    others = rows_of(ring, step % STAGES, D)
+    return warpgroup_mma(rows, others.permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -185,9 +204,8 @@ def _attend_backward(
     SLOPES: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     full = gl.maximum(floor, first + ROWS + P - W)
     acc = gl.zeros([ROWS, D], gl.float32, RESULT)
-    await_filled(k_full, k_step, STAGES)
-    await_filled(v_full, v_step, STAGES)
-    scores, slopes = _products(queries, gradient, k_ring, v_ring, k_step, v_step, D, STAGES)
+    scores = _begin_product(queries, k_ring, k_full, k_step, D, STAGES)
+    slopes = _begin_product(gradient, v_ring, v_full, v_step, D, STAGES)
     scores = warpgroup_mma_wait(1, [scores])
     weights = _weigh(scores, level, first, start, floor, P, W, True, D)
     slopes = warpgroup_mma_wait(0, [slopes])
@@ -195,9 +213,8 @@ def _attend_backward(
     ready = gl.convert_layout((weights * (slopes - shift[:, None])).to(queries.dtype), SLOPES)
     for i in range(1, steps):
         at = start + i * ROWS
-        await_filled(k_full, k_step + i, STAGES)
-        await_filled(v_full, v_step + i, STAGES)
-        scores, slopes = _products(queries, gradient, k_ring, v_ring, k_step + i, v_step + i, D, STAGES)
+        scores = _begin_product(queries, k_ring, k_full, k_step + i, D, STAGES)
+        slopes = _begin_product(gradient, v_ring, v_full, v_step + i, D, STAGES)
         acc = warpgroup_mma(ready, rows_of(k_ring, (k_step + i - 1) % STAGES, D), acc, is_async=True)
         scores = warpgroup_mma_wait(2, [scores])
         edge = (at < full) | (at + ROWS > first + P + 1)
@@ -212,16 +229,6 @@ def _attend_backward(
     acc = warpgroup_mma_wait(0, [acc])
     release(k_empty, k_step + steps - 1, STAGES)
     return acc
-
-
-@gluon.jit
-def _products(queries, gradient, k_ring, v_ring, k_step, v_step, D: gl.constexpr, STAGES: gl.constexpr):
-    """Begin a tile's scores and the gradients of its weights: [ROWS, ROWS]."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    keys, values = rows_of(k_ring, k_step % STAGES, D), rows_of(v_ring, v_step % STAGES, D)
-    none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    scores = warpgroup_mma(queries, keys.permute((1, 0)), none, use_acc=False, is_async=True)
-    return scores, warpgroup_mma(gradient, values.permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
