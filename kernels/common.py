@@ -41,7 +41,8 @@ def _short_sums(a, b, TERMS: tl.constexpr):
         product = _short_sums(even, tl.trans(b_even), TERMS // 2)
         product += _short_sums(odd, tl.trans(b_odd), TERMS // 2)
     else:
-        product = tl.dot(a, b, input_precision="ieee")
+        # A limit on what is added at once, or the compiler makes acc + a @ b one long sum again.
+        product = tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     return product
 
 
