@@ -57,6 +57,13 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def start_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start its programs, if it waits by itself for what this one writes."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
     """Let the next kernel start its programs, then wait for all that the previous ones write."""
     if PDL:
