@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from newllm.reference import context, infini, memory, window
 from newllm.types import ContextParams, FeatureMap, GatedParams, InfiniState, MemoryState, SweepInfo
 
 Inputs = dict[str, Any]
-
 
 # Draws over which a row on a GPU is judged. float32 needs them: there both sides err by a few roundings.
 GPU_DRAWS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
@@ -58,8 +58,7 @@ def _errors(out: Tensor, oracle: Tensor, baseline: Tensor, name: str) -> tuple[f
 
 def _share(draws: list[tuple[float, float, float]], name: str) -> float:
     """The share of what the error rule allows that the draws of one result took, judged as one."""
-    # Not Python's max, which may lose a NaN.
-    error, other, tiny = torch.tensor(draws, dtype=torch.float64).amax(0).tolist()
+    error, other, tiny = torch.tensor(draws, dtype=torch.float64).amax(0).tolist()  # max() may lose NaN
     allowed = 2 * other + tiny
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
     return error / allowed if allowed else 0.0
@@ -161,7 +160,7 @@ class OpCase:
         Returns the largest share of what the rule allows that any result took.
         """
         taken: dict[str, list[tuple[float, float, float]]] = {}
-        for draw in (inputs, *others):  # One after the other, in the memory of one.
+        for draw in chain([inputs], others):  # One after the other, in the memory of one.
             for name, three in self.compared(draw, function, gradients, rounding or dtype).items():
                 taken.setdefault(name, []).append(_errors(*three, name))
         return max(_share(errors, name) for name, errors in taken.items())
@@ -170,8 +169,9 @@ class OpCase:
         self, inputs: Inputs, function: Callable[..., Any] | None, gradients: bool, rounding: torch.dtype
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """What the function, the oracle and the baseline give, by the names of the results."""
-        found = self.results(partial(self.call, function=function), inputs, gradients)
+        # The largest first, while nothing else is held.
         oracle = self.results(self._referred(None), mapped(_double, inputs), gradients)
+        found = self.results(partial(self.call, function=function), inputs, gradients)
         baseline = self.results(self._referred(rounding), inputs, gradients)
         assert found.keys() == oracle.keys() == baseline.keys()
         return {name: (out, oracle[name], baseline[name]) for name, out in found.items()}
