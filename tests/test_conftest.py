@@ -67,7 +67,8 @@ def test_who_waits_to_have_the_device_alone_comes_before_later_ones(tmp_path: Pa
     with device_share(tmp_path, alone=False):
         hold("together", False)
         threads[0].start()
-        while gate_is_open(tmp_path):
+        end = time.monotonic() + 10
+        while gate_is_open(tmp_path) and time.monotonic() < end:
             time.sleep(0.001)
         threads[1].start()
         time.sleep(0.05)
