@@ -41,7 +41,8 @@ def _short_sums(a, b, TERMS: tl.constexpr):
         product = _short_sums(even, tl.trans(b_even), TERMS // 2)
         product += _short_sums(odd, tl.trans(b_odd), TERMS // 2)
     else:
-        product = tl.dot(a, b, input_precision="ieee")
+        # A limit on what is added at once, or the compiler makes acc + a @ b one long sum again.
+        product = tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     return product
 
 
@@ -53,6 +54,13 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def start_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start its programs, if it waits by itself for what this one writes."""
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, padded, precision
+from newllm.kernels.common import cast, dot, features, padded, precision, start_next_kernel
 from newllm.kernels.memory_layout import (
     Layout,
     contiguous,
@@ -18,6 +18,7 @@ from newllm.kernels.memory_layout import (
     store_matrix,
     unit_stride,
 )
+from newllm.kernels.tiles import dependent_launch
 
 
 def state_precision(dtype: torch.dtype) -> str:
@@ -49,10 +50,11 @@ def _fold_tokens(
 def _memory_fold_forward_kernel(
     k, v, past_k, past_v, scale, bias, position, length, added, added_norm,
     k_b, k_h, k_t, v_b, v_h, v_t, HKV, T, N, S, P,
-    K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr, PDL: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program folds one segment of one head into ``[K, BV]`` columns of what it adds."""
+    start_next_kernel(PDL)
     parts: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     v0 = (pid % parts).to(tl.int32) * BV
@@ -99,7 +101,8 @@ def fold(
     _memory_fold_forward_kernel[grid](
         k, v, past_k, past_v, scale, bias, layout.position, layout.length, added, norm,
         *k.stride()[:3], *v.stride()[:3], heads, tokens, count, layout.segment, past,
-        K=width, V=columns, PARTIAL=layout.partial, BK=padded(width), **sizes,
+        K=width, V=columns, PARTIAL=layout.partial, PDL=dependent_launch(k.device)["PDL"],
+        BK=padded(width), **sizes,
     )  # fmt: skip
     return added, norm
 

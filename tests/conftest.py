@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 
 # Read when huggingface_hub is first imported, so it has to be set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from processes import device_share
 from source_tree import ROOT
 
 from newllm import backend
@@ -51,6 +54,17 @@ def fused_device(monkeypatch: pytest.MonkeyPatch) -> str:
         if "cuda" in devices:
             monkeypatch.setitem(backend.FUSED, op, devices | {"cpu"})
     return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def device_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a GPU's memory back after each test; one marked ``large`` has all to itself."""
+    if not torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with device_share(Path(tempfile.gettempdir()), alone=bool(request.node.get_closest_marker("large"))):
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

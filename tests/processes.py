@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,17 @@ def spawned(worker: Callable[..., None], size: int, folder: Path, *args: Any) ->
     """What ``worker(rank, size, folder, *args)`` leaves in ``<rank>.pt``, in ``size`` processes."""
     joined(started(worker, size, size, str(folder), *args))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+@contextmanager
+def device_share(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Hold the device together with other processes that hold it so, or ``alone``, after all of them."""
+    with open(folder / "newllm-gate.lock", "w") as gate, open(folder / "newllm-device.lock", "w") as device:
+        # Who waits to be alone keeps the gate, or ever new ones would come before it.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(device, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 def command(words: list[str], size: int, folder: Path) -> Processes:

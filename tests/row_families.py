@@ -240,7 +240,7 @@ def judge_most(
     For a recurrence that some draws make chaotic. There either side's errors grow by luck, and the largest of
     all draws would compare no more than two such numbers.
     """
-    found = [case.compared([each], function, gradients, dtype) for each in drawn]
+    found = [case.compared(each, function, gradients, dtype) for each in drawn]
     medians = {}
     for name in found[0]:
         pairs = [error_and_bar(*each[name], name) for each in found]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+
+from tests.processes import device_share
 
 
 def uninitialised() -> list[torch.Tensor]:
@@ -39,3 +45,34 @@ def test_tests_start_from_the_same_seed(seed: int) -> None:
     drawn = torch.rand(3)
     torch.manual_seed(seed)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def gate_is_open(folder: Path) -> bool:
+    with open(folder / "newllm-gate.lock", "w") as gate:
+        try:
+            fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_who_waits_to_have_the_device_alone_comes_before_later_ones(tmp_path: Path) -> None:
+    order = []
+
+    def hold(name: str, alone: bool) -> None:
+        with device_share(tmp_path, alone=alone):
+            order.append(name)
+
+    threads = [Thread(target=hold, args=each) for each in (("alone", True), ("later", False))]
+    with device_share(tmp_path, alone=False):
+        hold("together", False)
+        threads[0].start()
+        end = time.monotonic() + 10
+        while gate_is_open(tmp_path) and time.monotonic() < end:
+            time.sleep(0.001)
+        threads[1].start()
+        time.sleep(0.05)
+        order.append("first")
+    for thread in threads:
+        thread.join()
+    assert order == ["together", "first", "alone", "later"]

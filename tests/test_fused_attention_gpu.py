@@ -154,6 +154,7 @@ def many() -> dict[str, Tensor]:
 PLACES = [2048, 2**20, 2**21 - 1024]
 
 
+@pytest.mark.large
 def test_a_window_over_more_elements_than_32_bits_count() -> None:
     inputs = many()
     assert inputs["q"].numel() > 2**31
@@ -168,6 +169,7 @@ def test_a_window_over_more_elements_than_32_bits_count() -> None:
         assert_no_worse(out[:, :, start:end], oracle, baseline, f"tokens from {start}")
 
 
+@pytest.mark.large
 def test_a_layer_over_more_elements_than_32_bits_count() -> None:
     inputs, beta = many(), torch.linspace(-2, 2, 8, device="cuda")
     sizes: dict[str, Any] = {"window": 1024, "segment": 1024}

@@ -208,10 +208,10 @@ def _compacted(
 
 
 def _initial(
-    k: Tensor, state: MemoryState | None, tokens: Tensor
+    state: MemoryState | None, tokens: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Matrix, norm, and counts before each segment and after the last, for segments of ``tokens [B, N]``."""
-    matrix, norm, count = (None, None, tokens.new_zeros(k.shape[0])) if state is None else state
+    matrix, norm, count = (None, None, tokens.new_zeros(tokens.shape[0])) if state is None else state
     if count is None:
         return matrix, norm, None, None
     counts = count[:, None] + tokens.cumsum(1)
@@ -221,6 +221,14 @@ def _initial(
 def _guard(counts: Tensor | None, tokens: Tensor) -> Tensor | None:
     """eta ``[B, N]``: no more is taken away than the memory has tokens for."""
     return None if counts is None else (counts / tokens.clamp(min=1)).clamp(max=1)
+
+
+def _share(tokens: Tensor, scale: str) -> Tensor | None:
+    """What an update multiplies with all that it adds, ``[B]``."""
+    if scale == "none":
+        return None
+    divisor = tokens if scale == "1/T" else tokens.sum().expand_as(tokens)
+    return divisor.clamp(min=1).float().reciprocal()
 
 
 def _fused_update(
@@ -233,10 +241,17 @@ def _fused_update(
     padding_mask: Tensor | None,
 ) -> MemoryState:
     k, v, length, tokens = _compacted(k, v, padding_mask)
-    matrix, norm, counts, last = _initial(k, state, tokens[:, None])
-    shares = {"none": None, "1/T": tokens, "1/(B*T)": tokens.sum().expand_as(tokens)}[scale]
-    share = None if shares is None else shares.clamp(min=1).float().reciprocal()
-    guard = _guard(counts, tokens[:, None]) if rule == "delta" else None
+    share = _share(tokens, scale)
+    guard = None
+    # As few operations as can be: each takes as long as a twentieth of a long update.
+    if rule == "delta":
+        matrix, norm, counts, last = _initial(state, tokens[:, None])
+        guard = _guard(counts, tokens[:, None])
+    elif state is None:
+        matrix, norm, last = None, None, tokens
+    else:
+        matrix, norm, count = state
+        last = None if count is None else count + tokens
     learned = _learned(feature)
     matrix, norm = fused.memory_update(
         k, v, *learned, matrix, norm, share, length, guard, rule == "delta", EPS
@@ -257,7 +272,7 @@ def _fused_scan(
     k, v, length, real = _compacted(k, v, padding_mask)
     starts = torch.arange(0, k.shape[2], segment, device=k.device)
     tokens = (real[:, None] - starts).clamp(0, segment)
-    matrix, norm, counts, last = _initial(k, state, tokens)
+    matrix, norm, counts, last = _initial(state, tokens)
     guard = _guard(counts, tokens) if rule == "delta" else None
     weight = None if segment_weight is None else segment_weight.float()
     learned = _learned(feature)
