@@ -105,7 +105,7 @@ def queries_and_keys(tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED:
     head = (tile // tiles).to(gl.int64) * CONSUMERS
     b, h = head // H, head % H
     before, count, floor = row_facts(position, length, b, T, P)
-    segment, border, first, end = query_tile(tile % tiles, before, T, count, S, N, ROWS, SEGMENTED)
+    segment, _, first, end = query_tile(tile % tiles, before, T, count, S, N, ROWS, SEGMENTED)
     last = gl.minimum(first + ROWS, gl.minimum(end, count))
     start = gl.maximum(floor, first + P - W + 1) // ROWS * ROWS
     steps = gl.maximum((last + P - start + ROWS - 1) // ROWS, 1)

@@ -42,9 +42,10 @@ def _produce(
     v_empty, H, HKV, T, P, S, W, N, tiles, total,
     D: gl.constexpr, SEGMENTED: gl.constexpr, MEMORY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    k_step, v_step, visit = 0, 0, 0
+    k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
+        visit = tile // gl.num_programs(0)
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(
             tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
         )
         hkv = h // (H // HKV)
@@ -63,7 +64,6 @@ def _produce(
                 row = segment * D + part * ROWS
                 fill(states, b, hkv, row, v_ring, v_full, v_empty, v_step, D, STAGES)
                 v_step += 1
-        visit += 1
 
 
 @gluon.jit
@@ -79,8 +79,9 @@ def _consume(
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     HALF: gl.constexpr = D // 2
     dtype: gl.constexpr = out.dtype.element_ty
-    k_step, v_step, visit = 0, 0, 0
+    k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        visit = tile // gl.num_programs(0)
         b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
             tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
         )
@@ -88,24 +89,21 @@ def _consume(
         h += C
         own = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         real = first + own < gl.minimum(end, count)
-        # What is known without the queries is loaded while they are on their way.
-        known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
-        longest = _longest_key(known, start, gl.minimum(start + steps * ROWS, T + P), MEASURED)
-        if cos is not None:
-            at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
-            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
-            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
-            c, s = gl.load(cos + row), gl.load(sin + row)
-            c2, s2 = gl.load(cos + row + HALF), gl.load(sin + row + HALF)
         mbarrier.wait(q_full.index(C), visit & 1)
         raw = rows_of(q_tiles, C, D)
         # [ROWS, D/2]
         left, right = raw.slice(0, HALF, 1).load(LEFT), raw.slice(HALF, HALF, 1).load(LEFT)
         if cos is not None:
+            at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
+            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
+            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
             x, y = left.to(gl.float32), right.to(gl.float32)
-            left, right = (x * c - y * s).to(dtype), (y * c2 + x * s2).to(dtype)
+            left = (x * gl.load(cos + row) - y * gl.load(sin + row)).to(dtype)
+            right = (y * gl.load(cos + row + HALF) + x * gl.load(sin + row + HALF)).to(dtype)
         x, y = left.to(gl.float32), right.to(gl.float32)
         square = gl.max(gl.sum(x * x, 1) + gl.sum(y * y, 1), 0)
+        known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
+        longest = _longest_key(known, start, gl.minimum(start + steps * ROWS, T + P), MEASURED)
         if square * longest * LOG2E * LOG2E < SAFE * SAFE * D:
             highest, sums, acc = _attend_bounded(
                 left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start,
@@ -149,7 +147,6 @@ def _consume(
             v_step += 2
         fence_async_shared()
         mbarrier.arrive(q_empty.index(C))
-        visit += 1
         line, column = gl.arange(0, ROWS, gl.SliceLayout(1, FLAT)), gl.arange(0, D, gl.SliceLayout(0, FLAT))
         result = gl.convert_layout(acc.to(dtype), FLAT)
         result = gl.where((first + line < count)[:, None], result, 0.0)

@@ -38,7 +38,7 @@ def _tile_of_keys(position, length, HKV, T, P, W, tiles, BT: gl.constexpr):
     """The program's row in the batch, head, first key, first query that sees one, and tiles of queries."""
     head = (gl.program_id(0) // tiles).to(gl.int64)
     b, hkv = head // HKV, head % HKV
-    before, count, floor = row_facts(position, length, b, T, P)
+    _, count, floor = row_facts(position, length, b, T, P)
     first = gl.program_id(0) % tiles * (ROWS * CONSUMERS)
     begin = gl.maximum(first - P, 0) // BT * BT
     end = gl.minimum(first + ROWS * CONSUMERS - 1 - P + W, count)
@@ -51,7 +51,7 @@ def _produce(
     kv_full, full, empty, H, HKV, T, P, W, tiles,
     D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    b, hkv, count, floor, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
+    b, hkv, _, _, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
     group = H // HKV
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(kv_full.index(c), 2 * ROWS * D * 2)
@@ -82,7 +82,7 @@ def _consume(
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     FACTOR: gl.constexpr = D**-0.5 * LOG2E
     dtype: gl.constexpr = dk.dtype.element_ty
-    b, hkv, count, floor, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
+    _, _, count, _, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
     first += ROWS * C
     base = first - P
     queries = gl.arange(0, BT, gl.SliceLayout(0, SCORES))
@@ -130,7 +130,7 @@ def _consume(
             await_filled(full, at + i, STAGES)
             release(empty, at + i, STAGES)
     # Not kept in registers meanwhile.
-    b, hkv, count, floor, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
+    b, hkv, _, floor, first, _, _ = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
     first += ROWS * C
     line, column = gl.arange(0, ROWS, gl.SliceLayout(1, FLAT)), gl.arange(0, D, gl.SliceLayout(0, FLAT))
     places = ((b * HKV + hkv) * (T + P) + first) * D + line[:, None] * D + column[None, :]

@@ -40,9 +40,10 @@ def _produce(
     k_empty, v_full, v_empty, H, HKV, T, P, S, W, N, tiles, total,
     D: gl.constexpr, SEGMENTED: gl.constexpr, MEMORY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    k_step, v_step, visit = 0, 0, 0
+    k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
+        visit = tile // gl.num_programs(0)
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(
             tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
         )
         hkv = h // (H // HKV)
@@ -63,7 +64,6 @@ def _produce(
             fill(v, b, hkv, start + i * ROWS, v_ring, v_full, v_empty, v_step + i, D, STAGES)
         k_step += steps
         v_step += steps
-        visit += 1
 
 
 @gluon.jit
@@ -78,8 +78,9 @@ def _consume(
     HALF: gl.constexpr = D // 2
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 4], [512 // D, D // 16], [4, 1], [1, 0])
     dtype: gl.constexpr = dq.dtype.element_ty
-    k_step, v_step, visit = 0, 0, 0
+    k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        visit = tile // gl.num_programs(0)
         b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
             tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
         )
@@ -91,7 +92,9 @@ def _consume(
         level = gl.load(lse + base + own, mask=real, other=0.0)
         shift = gl.load(delta + base + own, mask=real, other=0.0)
         mbarrier.wait(q_full.index(C), visit & 1)
-        gradient = rows_of(do_tiles, C, D).load(LEFT)
+        queries, gradient = rows_of(q_tiles, C, D).load(LEFT), rows_of(do_tiles, C, D).load(LEFT)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(C))
         if norms is not None:
             # The memory's share waits where the queries lay, not in registers that the window's loop needs.
             _store_recall_gradient(
@@ -100,37 +103,31 @@ def _consume(
                 dq + base * D, dfeature, ((b * H + h) * tiles + tile % tiles) * 2, v_ring, v_full, v_empty,
                 v_step, hkv, first, end, count, T, D, STAGES,
             )  # fmt: skip
-            v_step += 2
-            # Other threads read it again.
-            synchronize()
-        queries = rows_of(q_tiles, C, D).load(LEFT)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(C))
-        visit += 1
+            v_step += D // ROWS
         acc = _attend_backward(
             queries, gradient, level, shift, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step,
             first, start, steps, floor, P, W, D, STAGES,
         )  # fmt: skip
         k_step += steps
         v_step += steps
-        line = gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN))
-        element = gl.arange(0, HALF, gl.SliceLayout(0, PLAIN))
-        places = dq + base * D + line[:, None] * D + element[None, :]
-        stored, kept = (first + line < end)[:, None], (first + line < count)[:, None]
-        if norms is not None:
-            told = gl.load(places, mask=stored, other=0.0)
-            told2 = gl.load(places + HALF, mask=stored, other=0.0)
+        left, right = (acc * D**-0.5).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+        left, right = gl.convert_layout(left, PLAIN), gl.convert_layout(right, PLAIN)
+        line, element = (
+            gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN)),
+            gl.arange(0, HALF, gl.SliceLayout(0, PLAIN)),
+        )
         if cos is not None:
             at = gl.minimum(first + line, T - 1)
             row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
-            c, s = gl.load(cos + row), gl.load(sin + row)
-            c2, s2 = gl.load(cos + row + HALF), gl.load(sin + row + HALF)
-        left, right = (acc * D**-0.5).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
-        left, right = gl.convert_layout(left, PLAIN), gl.convert_layout(right, PLAIN)
-        if cos is not None:
-            left, right = left * c + right * s2, right * c2 - left * s
+            x, y = left, right
+            left = x * gl.load(cos + row) + y * gl.load(sin + row + HALF)
+            right = y * gl.load(cos + row + HALF) - x * gl.load(sin + row)
+        places = dq + base * D + line[:, None] * D + element[None, :]
+        stored, kept = (first + line < end)[:, None], (first + line < count)[:, None]
         if norms is not None:
-            left, right = left + told.to(gl.float32), right + told2.to(gl.float32)
+            synchronize()
+            left += gl.load(places, mask=stored, other=0.0).to(gl.float32)
+            right += gl.load(places + HALF, mask=stored, other=0.0).to(gl.float32)
         gl.store(places, gl.where(kept, left, 0.0).to(dtype), mask=stored)
         gl.store(places + HALF, gl.where(kept, right, 0.0).to(dtype), mask=stored)
 
@@ -142,43 +139,37 @@ def _store_recall_gradient(
 ):  # fmt: skip
     """Store the gradient of raw queries through the memory, and their shares of scale's and bias's."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    HALF: gl.constexpr = D // 2
-    line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    element = gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
+    line, element = (
+        gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)),
+        gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)),
+    )
     real = first + line < gl.minimum(end, count)
     pull = gl.load(pulls + line, mask=real, other=0.0)[:, None]
     share = gl.load(shares + line, mask=real, other=0.0)[:, None]
     a, o = 1.0, 0.0
     if scale is not None:
         a, o = gl.load(scale + hkv), gl.load(bias + hkv)
+    none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
+    by_bias, by_scale = gl.sum(none, 1), gl.sum(none, 1)
     at = gl.minimum(first + line, T - 1).to(gl.int64)
-    raw += (at * raw_row)[:, None] + element[None, :]
-    # [ROWS, D/2]; loaded before anything waits
-    x, x2 = gl.load(raw), gl.load(raw + HALF)
-    slope = _begin_product(gradient, v_ring, v_full, v_step, D, STAGES)
-    slope2 = _begin_product(gradient, v_ring, v_full, v_step + 1, D, STAGES)
-    slope = warpgroup_mma_wait(1, [slope])
-    release(v_empty, v_step, STAGES)
-    slope = (
-        (slope - pull * gl.load(norm + element)[None, :])
-        * share
-        * exponential(gl.minimum(x.to(gl.float32) * a + o, 0.0), False)
-    )
-    slope2 = warpgroup_mma_wait(0, [slope2])
-    release(v_empty, v_step + 1, STAGES)
-    slope2 = (
-        (slope2 - pull * gl.load(norm + HALF + element)[None, :])
-        * share
-        * exponential(gl.minimum(x2.to(gl.float32) * a + o, 0.0), False)
-    )
-    places, stored = dq + line[:, None] * D + element[None, :], (first + line < end)[:, None]
-    gl.store(places, (slope * a).to(dq.dtype.element_ty), mask=stored)
-    gl.store(places + HALF, (slope2 * a).to(dq.dtype.element_ty), mask=stored)
+    for part in gl.static_range(D // ROWS):
+        # [ROWS, ROWS]
+        x = gl.load(raw + (at * raw_row)[:, None] + (part * ROWS + element)[None, :]).to(gl.float32)
+        await_filled(v_full, v_step + part, STAGES)
+        matrix = rows_of(v_ring, (v_step + part) % STAGES, D)
+        slope = warpgroup_mma(gradient, matrix.permute((1, 0)), none, use_acc=False, is_async=True)
+        slope = warpgroup_mma_wait(0, [slope])
+        release(v_empty, v_step + part, STAGES)
+        slope = slope - pull * gl.load(norm + part * ROWS + element)[None, :]
+        slope = slope * share * exponential(gl.minimum(x * a + o, 0.0), False)
+        if scale is not None:
+            by_bias += gl.sum(slope, 1)
+            by_scale += gl.sum(slope * x, 1)
+        places = dq + line[:, None] * D + (part * ROWS + element)[None, :]
+        gl.store(places, (slope * a).to(dq.dtype.element_ty), mask=(first + line < end)[:, None])
     if scale is not None:
-        gl.store(
-            dfeature + place, gl.sum(gl.sum(slope * x.to(gl.float32) + slope2 * x2.to(gl.float32), 1), 0)
-        )
-        gl.store(dfeature + place + 1, gl.sum(gl.sum(slope + slope2, 1), 0))
+        gl.store(dfeature + place, gl.sum(by_scale, 0))
+        gl.store(dfeature + place + 1, gl.sum(by_bias, 0))
 
 
 @gluon.jit
