@@ -50,21 +50,32 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def await_filled(full, step, STAGES: gl.constexpr):
-    """Wait for the ring's tile of this step."""
-    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+def ring(source, N: gl.constexpr, BT: gl.constexpr, D: gl.constexpr, READERS: gl.constexpr = CONSUMERS):
+    """Place for N tiles ``[BT, D]``, and barriers: one filled by copies, one freed by so many readers."""
+    places = gl.allocate_shared_memory(source.dtype, [N, 1, 1, BT, D], source.layout)
+    return places, barriers(N, 1), barriers(N, READERS)
 
 
 @gluon.jit
-def await_free(empty, step, STAGES: gl.constexpr):
-    """Wait until the ring's place for this step has been read by all."""
-    mbarrier.wait(empty.index(step % STAGES), step // STAGES & 1 ^ 1)
+def tile_of(places, place):
+    """One of the tiles ``[BT, D]`` of a ring, or of the like without order."""
+    return places.index(place).reshape([places.shape[3], places.shape[4]])
 
 
 @gluon.jit
-def release(empty, step, STAGES: gl.constexpr):
-    """This consumer has read the ring's tile of this step."""
-    mbarrier.arrive(empty.index(step % STAGES))
+def filled(ring, step):
+    """The ring's tile of this step, once it is there: ``[BT, D]``."""
+    places, full, _ = ring
+    N: gl.constexpr = places.shape[0]
+    mbarrier.wait(full.index(step % N), step // N & 1)
+    return tile_of(places, step % N)
+
+
+@gluon.jit
+def release(ring, step):
+    """This reader is done with the ring's tile of this step."""
+    places, _, empty = ring
+    mbarrier.arrive(empty.index(step % places.shape[0]))
 
 
 @gluon.jit
@@ -80,28 +91,34 @@ def fetch_numbers(source, b, h, row, bar, place):
 
 
 @gluon.jit
-def fill(source, b, h, row, ring, full, empty, step, D: gl.constexpr, STAGES: gl.constexpr):
-    """The ring's tile of this step, once there is place."""
-    await_free(empty, step, STAGES)
-    bar = full.index(step % STAGES)
-    mbarrier.expect(bar, ROWS * D * 2)
-    fetch(source, b, h, row, bar, ring.index(step % STAGES))
+def await_place(ring, step, BYTES: gl.constexpr):
+    """The ring's barrier for so many bytes of this step, once its place is free."""
+    places, full, empty = ring
+    N: gl.constexpr = places.shape[0]
+    mbarrier.wait(empty.index(step % N), step // N & 1 ^ 1)
+    mbarrier.expect(full.index(step % N), BYTES)
+    return full.index(step % N)
 
 
 @gluon.jit
-def rows_of(ring, place, D: gl.constexpr):
-    """A tile of a ring: ``[rows, D]``."""
-    return ring.index(place).reshape([ring.shape[3], D])
+def fill(source, b, h, row, ring, step):
+    """Begin to fill the ring's place for this step with a tile from ``row`` on."""
+    places, _, _ = ring
+    N: gl.constexpr = places.shape[0]
+    bar = await_place(ring, step, places.shape[3] * places.shape[4] * 2)
+    fetch(source, b, h, row, bar, places.index(step % N))
 
 
 @gluon.jit
-def queries_and_keys(tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED: gl.constexpr):
+def queries_and_keys(tile, rows, sizes, SEGMENTED: gl.constexpr):
     """Where a tile of queries lies, and which tiles of keys its rows see.
 
     Returns the row's index in the batch, the first of its CONSUMERS heads, the segment, the first query, the
     one behind the last, the number of real ones, the first slot with a key, the first slot of the first tile
     of keys and the number of tiles, never none.
     """
+    position, length = rows
+    H, _, T, P, S, W, N, tiles, _ = sizes
     head = (tile // tiles).to(gl.int64) * CONSUMERS
     b, h = head // H, head % H
     before, count, floor = row_facts(position, length, b, T, P)

@@ -16,142 +16,124 @@ from newllm.kernels.attention_hopper import (
     LIMIT,
     REGISTERS,
     ROWS,
-    await_filled,
-    barriers,
     fetch,
     fill,
+    filled,
     processors,
     queries_and_keys,
     release,
-    rows_of,
+    ring,
+    tile_of,
     tiles,
 )
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import hide, softmax_weights
 from newllm.kernels.common import LOG2E, features
-from newllm.kernels.rotate import ROWS as MEASURED
-from newllm.kernels.rotate import Keys
+from newllm.kernels.rotate import ROWS as MEASURED, Keys
 
 STAGES = 4
 SAFE = gl.constexpr(90.0)
 
 
 @gluon.jit
-def _produce(
-    q, keys, v, states, position, length, q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, H, HKV, T, P, S, W, N, tiles, total,
-    D: gl.constexpr, SEGMENTED: gl.constexpr, MEMORY: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce(q, keys, v, states, own, k_ring, v_ring, rows, sizes, SEGMENTED: gl.constexpr):
+    H, HKV, _, _, _, _, _, _, total = sizes
+    places, full, empty = own
+    D: gl.constexpr = places.shape[4]
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, _, _, _, start, steps = queries_and_keys(
-            tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
-        )
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), visit & 1 ^ 1)
-            mbarrier.expect(q_full.index(c), ROWS * D * 2)
-            fetch(q, b, h + c, first, q_full.index(c), q_tiles.index(c))
+            mbarrier.wait(empty.index(c), visit & 1 ^ 1)
+            mbarrier.expect(full.index(c), ROWS * D * 2)
+            fetch(q, b, h + c, first, full.index(c), places.index(c))
         for i in range(steps):
-            fill(keys, b, hkv, start + i * ROWS, k_ring, k_full, k_empty, k_step + i, D, STAGES)
-            fill(v, b, hkv, start + i * ROWS, v_ring, v_full, v_empty, v_step + i, D, STAGES)
+            fill(keys, b, hkv, start + i * ROWS, k_ring, k_step + i)
+            fill(v, b, hkv, start + i * ROWS, v_ring, v_step + i)
         k_step += steps
         v_step += steps
-        if MEMORY:
+        if states is not None:
             # The memory's matrix is more values, weighed by features.
             for part in gl.static_range(D // ROWS):
-                row = segment * D + part * ROWS
-                fill(states, b, hkv, row, v_ring, v_full, v_empty, v_step, D, STAGES)
+                fill(states, b, hkv, segment * D + part * ROWS, v_ring, v_step)
                 v_step += 1
 
 
 @gluon.jit
 def _consume(
-    out, lse, squares, cos, sin, norms, gate, scale, bias, position, length, q_tiles, k_ring, v_ring,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles,
-    total, eps,
-    C: gl.constexpr, D: gl.constexpr, SEGMENTED: gl.constexpr, MEASURED: gl.constexpr, STAGES: gl.constexpr,
+    out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes, eps,
+    C: gl.constexpr, SEGMENTED: gl.constexpr, MEASURED: gl.constexpr,
 ):  # fmt: skip
+    H, HKV, T, P, _, W, N, _, total = sizes
+    places, full, empty = own
+    D: gl.constexpr = places.shape[4]
+    HALF: gl.constexpr = D // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    HALF: gl.constexpr = D // 2
     dtype: gl.constexpr = out.dtype.element_ty
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
-            tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
-        )
+        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         h += C
-        own = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        real = first + own < gl.minimum(end, count)
-        mbarrier.wait(q_full.index(C), visit & 1)
-        raw = rows_of(q_tiles, C, D)
+        mbarrier.wait(full.index(C), visit & 1)
+        raw = tile_of(places, C)
         # [ROWS, D/2]
         left, right = raw.slice(0, HALF, 1).load(LEFT), raw.slice(HALF, HALF, 1).load(LEFT)
         if cos is not None:
             at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
             element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
-            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
+            place = (b * rope[0] + at * rope[1])[:, None] + element[None, :]
             x, y = left.to(gl.float32), right.to(gl.float32)
-            left = (x * gl.load(cos + row) - y * gl.load(sin + row)).to(dtype)
-            right = (y * gl.load(cos + row + HALF) + x * gl.load(sin + row + HALF)).to(dtype)
+            left = (x * gl.load(cos + place) - y * gl.load(sin + place)).to(dtype)
+            right = (y * gl.load(cos + place + HALF) + x * gl.load(sin + place + HALF)).to(dtype)
         x, y = left.to(gl.float32), right.to(gl.float32)
         square = gl.max(gl.sum(x * x, 1) + gl.sum(y * y, 1), 0)
         known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
         longest = _longest_key(known, start, gl.minimum(start + steps * ROWS, T + P), MEASURED)
+        view = (first, start, steps, floor, P, W)
         if square * longest * LOG2E * LOG2E < SAFE * SAFE * D:
-            highest, sums, acc = _attend_bounded(
-                left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start,
-                steps, floor, P, W, D, STAGES,
-            )  # fmt: skip
+            highest, sums, acc = _attend_bounded(left, right, k_ring, v_ring, k_step, v_step, view)
         else:
-            highest, sums, acc = _attend(
-                left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start,
-                steps, floor, P, W, D, STAGES,
-            )  # fmt: skip
+            highest, sums, acc = _attend(left, right, k_ring, v_ring, k_step, v_step, view)
         k_step += steps
         v_step += steps
         base = (b * H + h) * T + first
-        gl.store(lse + base + own, highest + gl.log2(sums), mask=real)
+        line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        real = first + line < gl.minimum(end, count)
+        gl.store(lse + base + line, highest + gl.log2(sums), mask=real)
         factor = 1.0 / sums
         if gate is not None:
             factor *= 1 - gl.load(gate + h)
         acc *= gl.convert_layout(factor, gl.SliceLayout(1, RESULT))[:, None]
         if gate is not None:
-            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
             a, o = 1.0, 0.0
             if scale is not None:
                 a, o = gl.load(scale + hkv), gl.load(bias + hkv)
-            norm = norms + ((b * HKV + hkv) * N + segment) * D + element
+            norm = norms + ((b * HKV + hkv) * N + segment) * D + gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
             # [ROWS, D/2]
             f = features(raw.slice(0, HALF, 1).load(LEFT), a, o)
             f2 = features(raw.slice(HALF, HALF, 1).load(LEFT), a, o)
             weight = gl.sum(f * gl.load(norm)[None, :], 1) + gl.sum(f2 * gl.load(norm + HALF)[None, :], 1)
             share = (gl.load(gate + h) / gl.maximum(weight, eps))[:, None]
-            await_filled(v_full, v_step, STAGES)
-            await_filled(v_full, v_step + 1, STAGES)
-            acc = warpgroup_mma(
-                (f * share).to(dtype), rows_of(v_ring, v_step % STAGES, D), acc, is_async=True
-            )
-            acc = warpgroup_mma(
-                (f2 * share).to(dtype), rows_of(v_ring, (v_step + 1) % STAGES, D), acc, is_async=True
-            )
+            acc = warpgroup_mma((f * share).to(dtype), filled(v_ring, v_step), acc, is_async=True)
+            acc = warpgroup_mma((f2 * share).to(dtype), filled(v_ring, v_step + 1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc])
-            release(v_empty, v_step, STAGES)
-            release(v_empty, v_step + 1, STAGES)
+            release(v_ring, v_step)
+            release(v_ring, v_step + 1)
             v_step += 2
         fence_async_shared()
-        mbarrier.arrive(q_empty.index(C))
+        mbarrier.arrive(empty.index(C))
         line, column = gl.arange(0, ROWS, gl.SliceLayout(1, FLAT)), gl.arange(0, D, gl.SliceLayout(0, FLAT))
         result = gl.convert_layout(acc.to(dtype), FLAT)
         result = gl.where((first + line < count)[:, None], result, 0.0)
-        places = out + base * D + line[:, None] * D + column[None, :]
-        gl.store(places, result, mask=(first + line < end)[:, None])
+        target = out + base * D + line[:, None] * D + column[None, :]
+        gl.store(target, result, mask=(first + line < end)[:, None])
 
 
 @gluon.jit
@@ -168,11 +150,10 @@ def _longest_key(squares, low, stop, MEASURED: gl.constexpr):
 
 
 @gluon.jit
-def _scores(left, right, k_ring, step, D: gl.constexpr, STAGES: gl.constexpr):
-    """Begin the products of queries and a tile of keys: [ROWS, ROWS]."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    HALF: gl.constexpr = D // 2
-    keys = rows_of(k_ring, step % STAGES, D)
+def _begin_scores(left, right, keys):
+    """Begin the products of queries, in halves, and a tile of keys: [ROWS, ROWS]."""
+    SCORES: gl.constexpr = left.type.layout.parent
+    HALF: gl.constexpr = left.shape[1]
     none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
     scores = warpgroup_mma(left, keys.slice(0, HALF, 1).permute((1, 0)), none, use_acc=False, is_async=True)
     return warpgroup_mma(right, keys.slice(HALF, HALF, 1).permute((1, 0)), scores, is_async=True)
@@ -184,66 +165,57 @@ def _weigh(scores, first, start, floor, P, W, edge, D: gl.constexpr):
     SCORES: gl.constexpr = scores.type.layout
     weights = softmax_weights(scores, D**-0.5 * LOG2E, 0.0, False)
     if edge:
-        row, slot = (
-            gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)),
-            gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)),
-        )
-        weights = hide(weights, first + P + row, start + slot, floor, W, 0.0)
+        row = first + P + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        weights = hide(weights, row, start + gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)), floor, W, 0.0)
     # Neighbours of a row lie in different threads, elements eight apart in one.
     return weights, gl.sum(weights.reshape([ROWS, ROWS // 8, 8]), 1)
 
 
 @gluon.jit
-def _attend_bounded(
-    left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start, steps,
-    floor, P, W, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attend_bounded(left, right, k_ring, v_ring, k_step, v_step, view):
     """The softmax's largest exponent (0), its sum and the values it weighs.
 
     A step's scores are begun before the last step's values are weighed, so that the tensor cores have the
     one while this warp group has the other's exponentials to take.
     """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    first, start, steps, floor, P, W = view
+    D: gl.constexpr = 2 * left.shape[1]
+    SCORES: gl.constexpr = left.type.layout.parent
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     dtype: gl.constexpr = left.dtype
     full = gl.maximum(floor, first + ROWS + P - W)
     acc = gl.zeros([ROWS, D], gl.float32, RESULT)
-    await_filled(k_full, k_step, STAGES)
-    scores = warpgroup_mma_wait(0, [_scores(left, right, k_ring, k_step, D, STAGES)])
-    release(k_empty, k_step, STAGES)
+    scores = warpgroup_mma_wait(0, [_begin_scores(left, right, filled(k_ring, k_step))])
+    release(k_ring, k_step)
     weights, sums = _weigh(scores, first, start, floor, P, W, True, D)
     ready = gl.convert_layout(weights.to(dtype), WEIGHTS)
     for i in range(1, steps):
         at = start + i * ROWS
-        await_filled(k_full, k_step + i, STAGES)
-        scores = _scores(left, right, k_ring, k_step + i, D, STAGES)
-        await_filled(v_full, v_step + i - 1, STAGES)
-        acc = warpgroup_mma(ready, rows_of(v_ring, (v_step + i - 1) % STAGES, D), acc, is_async=True)
+        scores = _begin_scores(left, right, filled(k_ring, k_step + i))
+        acc = warpgroup_mma(ready, filled(v_ring, v_step + i - 1), acc, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
-        release(k_empty, k_step + i, STAGES)
+        release(k_ring, k_step + i)
         edge = (at < full) | (at + ROWS > first + P + 1)
         weights, more = _weigh(scores, first, at, floor, P, W, edge, D)
         sums += more
         following = gl.convert_layout(weights.to(dtype), WEIGHTS)
         acc = warpgroup_mma_wait(0, [acc])
-        release(v_empty, v_step + i - 1, STAGES)
+        release(v_ring, v_step + i - 1)
         ready = following
-    await_filled(v_full, v_step + steps - 1, STAGES)
-    acc = warpgroup_mma(ready, rows_of(v_ring, (v_step + steps - 1) % STAGES, D), acc, is_async=True)
+    acc = warpgroup_mma(ready, filled(v_ring, v_step + steps - 1), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    release(v_empty, v_step + steps - 1, STAGES)
+    release(v_ring, v_step + steps - 1)
     total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, SCORES))
     return gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES)), total, acc
 
 
 @gluon.jit
-def _attend(
-    left, right, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first, start, steps,
-    floor, P, W, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attend(left, right, k_ring, v_ring, k_step, v_step, view):
     """The same for exponents that a running maximum has to keep in float32's range."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    first, start, steps, floor, P, W = view
+    D: gl.constexpr = 2 * left.shape[1]
+    SCORES: gl.constexpr = left.type.layout.parent
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     FACTOR: gl.constexpr = D**-0.5 * LOG2E
@@ -252,9 +224,8 @@ def _attend(
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([ROWS, D], gl.float32, RESULT)
     for i in range(steps):
-        await_filled(k_full, k_step + i, STAGES)
-        scores = warpgroup_mma_wait(0, [_scores(left, right, k_ring, k_step + i, D, STAGES)])
-        release(k_empty, k_step + i, STAGES)
+        scores = warpgroup_mma_wait(0, [_begin_scores(left, right, filled(k_ring, k_step + i))])
+        release(k_ring, k_step + i)
         scores = hide(scores, first + P + row, start + i * ROWS + slot, floor, W, float("-inf"))
         peak = gl.maximum(highest, gl.max(scores, 1) * FACTOR)
         weights = softmax_weights(scores, FACTOR, peak[:, None], False)
@@ -262,11 +233,10 @@ def _attend(
         total = total * decay + gl.sum(weights, 1)
         acc *= gl.convert_layout(decay, gl.SliceLayout(1, RESULT))[:, None]
         highest = peak
-        await_filled(v_full, v_step + i, STAGES)
         ready = gl.convert_layout(weights.to(left.dtype), WEIGHTS)
-        acc = warpgroup_mma(ready, rows_of(v_ring, (v_step + i) % STAGES, D), acc, is_async=True)
+        acc = warpgroup_mma(ready, filled(v_ring, v_step + i), acc, is_async=True)
         acc = warpgroup_mma_wait(0, [acc])
-        release(v_empty, v_step + i, STAGES)
+        release(v_ring, v_step + i)
     return highest, total, acc
 
 
@@ -277,30 +247,21 @@ def _infini_attention_forward_hopper_kernel(
     D: gl.constexpr, SEGMENTED: gl.constexpr, MEASURED: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, ROWS, D], q.layout)
-    k_ring = gl.allocate_shared_memory(keys.dtype, [STAGES, 1, 1, ROWS, D], keys.layout)
-    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, ROWS, D], v.layout)
-    q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
-    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    own = ring(q, CONSUMERS, ROWS, D, 1)
+    k_ring, v_ring = ring(keys, STAGES, ROWS, D), ring(v, STAGES, ROWS, D)
     fence_async_shared()
+    rows, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, tiles, total)
     gl.warp_specialize(
         [
             (_consume, (
-                out, lse, squares, cos, sin, norms, gate, scale, bias, position, length, q_tiles, k_ring,
-                v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, rope_batch, rope_row,
-                H, HKV, T, P, S, W, N, tiles, total, eps, 0, D, SEGMENTED, MEASURED, STAGES,
+                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes,
+                eps, 0, SEGMENTED, MEASURED,
             )),
             (_consume, (
-                out, lse, squares, cos, sin, norms, gate, scale, bias, position, length, q_tiles, k_ring,
-                v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, rope_batch, rope_row,
-                H, HKV, T, P, S, W, N, tiles, total, eps, 1, D, SEGMENTED, MEASURED, STAGES,
+                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes,
+                eps, 1, SEGMENTED, MEASURED,
             )),
-            (_produce, (
-                q, keys, v, states, position, length, q_tiles, k_ring, v_ring, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, H, HKV, T, P, S, W, N, tiles, total,
-                D, SEGMENTED, states is not None, STAGES,
-            )),
+            (_produce, (q, keys, v, states, own, k_ring, v_ring, rows, sizes, SEGMENTED)),
         ],
         [4, 1], [REGISTERS, 24],
     )  # fmt: skip

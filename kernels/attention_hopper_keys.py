@@ -15,14 +15,14 @@ from newllm.kernels.attention_hopper import (
     LIMIT,
     REGISTERS,
     ROWS,
-    await_filled,
-    await_free,
-    barriers,
+    await_place,
     fetch,
     fetch_numbers,
+    filled,
     numbers,
     release,
-    rows_of,
+    ring,
+    tile_of,
     tiles,
 )
 from newllm.kernels.attention_layout import Attention
@@ -34,8 +34,13 @@ SIZES = {64: {"BT": 64, "STAGES": 4}, 128: {"BT": 64, "STAGES": 2}}
 
 
 @gluon.jit
-def _tile_of_keys(position, length, HKV, T, P, W, tiles, BT: gl.constexpr):
-    """The program's row in the batch, head, first key, first query that sees one, and tiles of queries."""
+def _tile_of_keys(rows, sizes, BT: gl.constexpr):
+    """The program's row in the batch, head, first key, first query that sees one, and tiles of queries.
+
+    Between the head and the key: the number of real queries and the first slot with a key.
+    """
+    position, length = rows
+    _, HKV, T, P, W, tiles = sizes
     head = (gl.program_id(0) // tiles).to(gl.int64)
     b, hkv = head // HKV, head % HKV
     _, count, floor = row_facts(position, length, b, T, P)
@@ -46,68 +51,69 @@ def _tile_of_keys(position, length, HKV, T, P, W, tiles, BT: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
-    q, do, k, v, lse, delta, position, length, k_tiles, v_tiles, q_ring, do_ring, lse_ring, delta_ring,
-    kv_full, full, empty, H, HKV, T, P, W, tiles,
-    D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    b, hkv, _, _, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
-    group = H // HKV
+def _produce(q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes):
+    H, HKV, _, _, _, _ = sizes
+    places, _, _ = q_ring
+    N: gl.constexpr = places.shape[0]
+    BT: gl.constexpr = places.shape[3]
+    D: gl.constexpr = places.shape[4]
+    b, hkv, _, _, first, begin, steps = _tile_of_keys(rows, sizes, BT)
+    k_places, full, _ = own_k
     for c in gl.static_range(CONSUMERS):
-        mbarrier.expect(kv_full.index(c), 2 * ROWS * D * 2)
-        fetch(k, b, hkv, first + c * ROWS, kv_full.index(c), k_tiles.index(c))
-        fetch(v, b, hkv, first + c * ROWS, kv_full.index(c), v_tiles.index(c))
+        mbarrier.expect(full.index(c), 2 * ROWS * D * 2)
+        fetch(k, b, hkv, first + c * ROWS, full.index(c), k_places.index(c))
+        fetch(v, b, hkv, first + c * ROWS, full.index(c), own_v.index(c))
+    group = H // HKV
     for step in range(group * steps):
         h = hkv * group + step // steps
         row = begin + step % steps * BT
-        place = step % STAGES
-        bar = full.index(place)
-        await_free(empty, step, STAGES)
-        mbarrier.expect(bar, 2 * BT * D * 2 + 2 * BT * 4)
-        fetch(q, b, h, row, bar, q_ring.index(place))
-        fetch_numbers(lse, b, h, row, bar, lse_ring.index(place))
-        fetch(do, b, h, row, bar, do_ring.index(place))
-        fetch_numbers(delta, b, h, row, bar, delta_ring.index(place))
+        place = step % N
+        bar = await_place(q_ring, step, 2 * BT * D * 2 + 2 * BT * 4)
+        fetch(q, b, h, row, bar, places.index(place))
+        fetch_numbers(lse, b, h, row, bar, levels.index(place))
+        fetch(do, b, h, row, bar, do_places.index(place))
+        fetch_numbers(delta, b, h, row, bar, shifts.index(place))
 
 
 @gluon.jit
-def _consume(
-    dk, dv, position, length, k_tiles, v_tiles, q_ring, do_ring, lse_ring, delta_ring, kv_full, full, empty,
-    H, HKV, T, P, W, tiles,
-    C: gl.constexpr, D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, C: gl.constexpr):
+    H, HKV, T, P, W, _ = sizes
+    places, _, _ = q_ring
+    N: gl.constexpr = places.shape[0]
+    BT: gl.constexpr = places.shape[3]
+    D: gl.constexpr = places.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     FACTOR: gl.constexpr = D**-0.5 * LOG2E
     dtype: gl.constexpr = dk.dtype.element_ty
-    _, _, count, _, first, begin, steps = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
+    _, _, count, _, first, begin, steps = _tile_of_keys(rows, sizes, BT)
     first += ROWS * C
     base = first - P
     queries = gl.arange(0, BT, gl.SliceLayout(0, SCORES))
     # The tiles of queries that see this consumer's keys; none if they lie behind the last one.
-    low = gl.minimum((gl.maximum(first - P, 0) - begin) // BT, steps)
-    end = gl.minimum(first + ROWS - 1 - P + W, count)
+    low = gl.minimum((gl.maximum(base, 0) - begin) // BT, steps)
+    end = gl.minimum(base + ROWS - 1 + W, count)
     high = gl.maximum((end - begin + BT - 1) // BT, low)
     none = gl.zeros([ROWS, BT], gl.float32, SCORES)
     acc_k, acc_v = gl.zeros([ROWS, D], gl.float32, RESULT), gl.zeros([ROWS, D], gl.float32, RESULT)
-    keys, values = rows_of(k_tiles, C, D), rows_of(v_tiles, C, D)
-    mbarrier.wait(kv_full.index(C), 0)
+    k_places, full, _ = own_k
+    keys, values = tile_of(k_places, C), tile_of(own_v, C)
+    mbarrier.wait(full.index(C), 0)
     for h in range(H // HKV):
         at = h * steps
         for i in range(low):
-            await_filled(full, at + i, STAGES)
-            release(empty, at + i, STAGES)
+            filled(q_ring, at + i)
+            release(q_ring, at + i)
         for i in range(low, high):
             start = begin + i * BT
-            place = (at + i) % STAGES
-            await_filled(full, at + i, STAGES)
-            q, do = rows_of(q_ring, place, D), rows_of(do_ring, place, D)
+            place = (at + i) % N
+            q, do = filled(q_ring, at + i), tile_of(do_places, place)
             scores = warpgroup_mma(keys, q.permute((1, 0)), none, use_acc=False, is_async=True)
             slopes = warpgroup_mma(values, do.permute((1, 0)), none, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, [scores])
-            level = lse_ring.index(place).reshape([BT]).load(gl.SliceLayout(0, SCORES))
+            level = levels.index(place).reshape([BT]).load(gl.SliceLayout(0, SCORES))
             if start + BT > count:
                 # Rows without a token see nothing.
                 level = gl.where(start + queries < count, level, 1e30)
@@ -118,29 +124,29 @@ def _consume(
                 weights = gl.where(distance < W.to(gl.uint32), weights, 0.0)
             acc_v = warpgroup_mma(gl.convert_layout(weights.to(dtype), WEIGHTS), do, acc_v, is_async=True)
             slopes = warpgroup_mma_wait(1, [slopes])
-            shift = delta_ring.index(place).reshape([BT]).load(gl.SliceLayout(0, SCORES))
+            shift = shifts.index(place).reshape([BT]).load(gl.SliceLayout(0, SCORES))
             if start + BT > count:
                 # Nothing has been written for rows without a token.
                 shift = gl.where(start + queries < count, shift, 0.0)
             slopes = weights * (slopes - shift[None, :])
             acc_k = warpgroup_mma(gl.convert_layout(slopes.to(dtype), WEIGHTS), q, acc_k, is_async=True)
             acc_k, acc_v = warpgroup_mma_wait(0, [acc_k, acc_v])
-            release(empty, at + i, STAGES)
+            release(q_ring, at + i)
         for i in range(high, steps):
-            await_filled(full, at + i, STAGES)
-            release(empty, at + i, STAGES)
+            filled(q_ring, at + i)
+            release(q_ring, at + i)
     # Not kept in registers meanwhile.
-    b, hkv, _, floor, first, _, _ = _tile_of_keys(position, length, HKV, T, P, W, tiles, BT)
+    b, hkv, _, floor, first, _, _ = _tile_of_keys(rows, sizes, BT)
     first += ROWS * C
     line, column = gl.arange(0, ROWS, gl.SliceLayout(1, FLAT)), gl.arange(0, D, gl.SliceLayout(0, FLAT))
-    places = ((b * HKV + hkv) * (T + P) + first) * D + line[:, None] * D + column[None, :]
+    target = ((b * HKV + hkv) * (T + P) + first) * D + line[:, None] * D + column[None, :]
     stored = (first + line < T + P)[:, None]
     # Slots before the row's first token hold no key.
     held = (first + line >= floor)[:, None]
     result = gl.where(held, gl.convert_layout(acc_v.to(dtype), FLAT), 0.0)
-    gl.store(dv + places, result, mask=stored)
+    gl.store(dv + target, result, mask=stored)
     result = gl.where(held, gl.convert_layout((acc_k * D**-0.5).to(dtype), FLAT), 0.0)
-    gl.store(dk + places, result, mask=stored)
+    gl.store(dk + target, result, mask=stored)
 
 
 @gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "W", "tiles"])
@@ -148,27 +154,20 @@ def _infini_attention_backward_keys_hopper_kernel(
     q, do, k, v, lse, delta, dk, dv, position, length, H, HKV, T, P, W, tiles,
     D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    k_tiles = gl.allocate_shared_memory(k.dtype, [CONSUMERS, 1, 1, ROWS, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [CONSUMERS, 1, 1, ROWS, D], v.layout)
-    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BT, D], q.layout)
-    do_ring = gl.allocate_shared_memory(do.dtype, [STAGES, 1, 1, BT, D], do.layout)
-    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], lse.layout)
-    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], delta.layout)
-    kv_full, full, empty = barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    own_k, q_ring = ring(k, CONSUMERS, ROWS, D, 1), ring(q, STAGES, BT, D)
+    # Filled along with keys and queries.
+    own_v = gl.allocate_shared_memory(v.dtype, [CONSUMERS, 1, 1, ROWS, D], v.layout)
+    do_places = gl.allocate_shared_memory(do.dtype, [STAGES, 1, 1, BT, D], do.layout)
+    levels = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], lse.layout)
+    shifts = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], delta.layout)
     fence_async_shared()
+    rows, sizes = (position, length), (H, HKV, T, P, W, tiles)
     gl.warp_specialize(
         [
-            (_consume, (
-                dk, dv, position, length, k_tiles, v_tiles, q_ring, do_ring, lse_ring, delta_ring, kv_full,
-                full, empty, H, HKV, T, P, W, tiles, 0, D, BT, STAGES,
-            )),
-            (_consume, (
-                dk, dv, position, length, k_tiles, v_tiles, q_ring, do_ring, lse_ring, delta_ring, kv_full,
-                full, empty, H, HKV, T, P, W, tiles, 1, D, BT, STAGES,
-            )),
+            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, 0)),
+            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, 1)),
             (_produce, (
-                q, do, k, v, lse, delta, position, length, k_tiles, v_tiles, q_ring, do_ring, lse_ring,
-                delta_ring, kv_full, full, empty, H, HKV, T, P, W, tiles, D, BT, STAGES,
+                q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes,
             )),
         ],
         [4, 1], [REGISTERS, 24],

@@ -16,15 +16,15 @@ from newllm.kernels.attention_hopper import (
     LIMIT,
     REGISTERS,
     ROWS,
-    await_filled,
-    barriers,
     fetch,
     fill,
+    filled,
     processors,
     queries_and_keys,
     release,
-    rows_of,
+    ring,
     synchronize,
+    tile_of,
     tiles,
 )
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
@@ -35,114 +35,104 @@ STAGES = 3
 
 
 @gluon.jit
-def _produce(
-    q, do, keys, v, states, position, length, q_tiles, do_tiles, k_ring, v_ring, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, H, HKV, T, P, S, W, N, tiles, total,
-    D: gl.constexpr, SEGMENTED: gl.constexpr, MEMORY: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce(q, do, keys, v, states, own, own_do, k_ring, v_ring, rows, sizes, SEGMENTED: gl.constexpr):
+    H, HKV, _, _, _, _, _, _, total = sizes
+    places, full, empty = own
+    D: gl.constexpr = places.shape[4]
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, _, _, _, start, steps = queries_and_keys(
-            tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
-        )
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         for c in gl.static_range(CONSUMERS):
-            bar = q_full.index(c)
-            mbarrier.wait(q_empty.index(c), visit & 1 ^ 1)
-            mbarrier.expect(bar, 2 * ROWS * D * 2)
-            fetch(q, b, h + c, first, bar, q_tiles.index(c))
-            fetch(do, b, h + c, first, bar, do_tiles.index(c))
-        if MEMORY:
+            mbarrier.wait(empty.index(c), visit & 1 ^ 1)
+            mbarrier.expect(full.index(c), 2 * ROWS * D * 2)
+            fetch(q, b, h + c, first, full.index(c), places.index(c))
+            fetch(do, b, h + c, first, full.index(c), own_do.index(c))
+        if states is not None:
             # The memory's matrix is multiplied as values are.
             for part in gl.static_range(D // ROWS):
-                row = segment * D + part * ROWS
-                fill(states, b, hkv, row, v_ring, v_full, v_empty, v_step, D, STAGES)
+                fill(states, b, hkv, segment * D + part * ROWS, v_ring, v_step)
                 v_step += 1
         for i in range(steps):
-            fill(keys, b, hkv, start + i * ROWS, k_ring, k_full, k_empty, k_step + i, D, STAGES)
-            fill(v, b, hkv, start + i * ROWS, v_ring, v_full, v_empty, v_step + i, D, STAGES)
+            fill(keys, b, hkv, start + i * ROWS, k_ring, k_step + i)
+            fill(v, b, hkv, start + i * ROWS, v_ring, v_step + i)
         k_step += steps
         v_step += steps
 
 
 @gluon.jit
 def _consume(
-    raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, position, length, raw_strides,
-    q_tiles, do_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, rope_batch,
-    rope_row, H, HKV, T, P, S, W, N, tiles, total,
-    C: gl.constexpr, D: gl.constexpr, SEGMENTED: gl.constexpr, STAGES: gl.constexpr,
+    raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own, own_do,
+    k_ring, v_ring, rows, rope, sizes, C: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
+    H, HKV, T, P, _, W, N, tiles, total = sizes
+    places, full, empty = own
+    D: gl.constexpr = places.shape[4]
+    HALF: gl.constexpr = D // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    HALF: gl.constexpr = D // 2
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 4], [512 // D, D // 16], [4, 1], [1, 0])
     dtype: gl.constexpr = dq.dtype.element_ty
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
-            tile, tiles, position, length, H, T, P, S, W, N, SEGMENTED
-        )
+        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         h += C
-        own = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         base = (b * H + h) * T + first
-        real = first + own < gl.minimum(end, count)
-        level = gl.load(lse + base + own, mask=real, other=0.0)
-        shift = gl.load(delta + base + own, mask=real, other=0.0)
-        mbarrier.wait(q_full.index(C), visit & 1)
-        queries, gradient = rows_of(q_tiles, C, D).load(LEFT), rows_of(do_tiles, C, D).load(LEFT)
+        line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        real = first + line < gl.minimum(end, count)
+        level = gl.load(lse + base + line, mask=real, other=0.0)
+        shift = gl.load(delta + base + line, mask=real, other=0.0)
+        mbarrier.wait(full.index(C), visit & 1)
+        queries, gradient = tile_of(places, C).load(LEFT), tile_of(own_do, C).load(LEFT)
         fence_async_shared()
-        mbarrier.arrive(q_empty.index(C))
+        mbarrier.arrive(empty.index(C))
         if norms is not None:
             # The memory's share waits where the queries lay, not in registers that the window's loop needs.
             _store_recall_gradient(
                 gradient, raw + b * raw_strides[0] + h * raw_strides[1], raw_strides[2],
                 norms + ((b * HKV + hkv) * N + segment) * D, pulls + base, shares + base, scale, bias,
-                dq + base * D, dfeature, ((b * H + h) * tiles + tile % tiles) * 2, v_ring, v_full, v_empty,
-                v_step, hkv, first, end, count, T, D, STAGES,
+                dq + base * D, dfeature, ((b * H + h) * tiles + tile % tiles) * 2, v_ring, v_step, hkv, first,
+                end, count, T,
             )  # fmt: skip
             v_step += D // ROWS
-        acc = _attend_backward(
-            queries, gradient, level, shift, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step,
-            first, start, steps, floor, P, W, D, STAGES,
-        )  # fmt: skip
+        view = (first, start, steps, floor, P, W)
+        acc = _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_step, view)
         k_step += steps
         v_step += steps
         left, right = (acc * D**-0.5).reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
         left, right = gl.convert_layout(left, PLAIN), gl.convert_layout(right, PLAIN)
-        line, element = (
-            gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN)),
-            gl.arange(0, HALF, gl.SliceLayout(0, PLAIN)),
-        )
+        line = gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN))
+        element = gl.arange(0, HALF, gl.SliceLayout(0, PLAIN))
         if cos is not None:
             at = gl.minimum(first + line, T - 1)
-            row = (b * rope_batch + at * rope_row)[:, None] + element[None, :]
+            place = (b * rope[0] + at * rope[1])[:, None] + element[None, :]
             x, y = left, right
-            left = x * gl.load(cos + row) + y * gl.load(sin + row + HALF)
-            right = y * gl.load(cos + row + HALF) - x * gl.load(sin + row)
-        places = dq + base * D + line[:, None] * D + element[None, :]
+            left = x * gl.load(cos + place) + y * gl.load(sin + place + HALF)
+            right = y * gl.load(cos + place + HALF) - x * gl.load(sin + place)
+        target = dq + base * D + line[:, None] * D + element[None, :]
         stored, kept = (first + line < end)[:, None], (first + line < count)[:, None]
         if norms is not None:
+            # Stored by other threads.
             synchronize()
-            left += gl.load(places, mask=stored, other=0.0).to(gl.float32)
-            right += gl.load(places + HALF, mask=stored, other=0.0).to(gl.float32)
-        gl.store(places, gl.where(kept, left, 0.0).to(dtype), mask=stored)
-        gl.store(places + HALF, gl.where(kept, right, 0.0).to(dtype), mask=stored)
+            left += gl.load(target, mask=stored, other=0.0).to(gl.float32)
+            right += gl.load(target + HALF, mask=stored, other=0.0).to(gl.float32)
+        gl.store(target, gl.where(kept, left, 0.0).to(dtype), mask=stored)
+        gl.store(target + HALF, gl.where(kept, right, 0.0).to(dtype), mask=stored)
 
 
 @gluon.jit
 def _store_recall_gradient(
-    gradient, raw, raw_row, norm, pulls, shares, scale, bias, dq, dfeature, place, v_ring, v_full, v_empty,
-    v_step, hkv, first, end, count, T, D: gl.constexpr, STAGES: gl.constexpr,
+    gradient, raw, raw_row, norm, pulls, shares, scale, bias, dq, dfeature, place, v_ring, v_step, hkv, first,
+    end, count, T,
 ):  # fmt: skip
     """Store the gradient of raw queries through the memory, and their shares of scale's and bias's."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    line, element = (
-        gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)),
-        gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)),
-    )
+    D: gl.constexpr = gradient.shape[1]
+    SCORES: gl.constexpr = gradient.type.layout.parent
+    line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    element = gl.arange(0, ROWS, gl.SliceLayout(0, SCORES))
     real = first + line < gl.minimum(end, count)
     pull = gl.load(pulls + line, mask=real, other=0.0)[:, None]
     share = gl.load(shares + line, mask=real, other=0.0)[:, None]
@@ -155,71 +145,73 @@ def _store_recall_gradient(
     for part in gl.static_range(D // ROWS):
         # [ROWS, ROWS]
         x = gl.load(raw + (at * raw_row)[:, None] + (part * ROWS + element)[None, :]).to(gl.float32)
-        await_filled(v_full, v_step + part, STAGES)
-        matrix = rows_of(v_ring, (v_step + part) % STAGES, D)
-        slope = warpgroup_mma(gradient, matrix.permute((1, 0)), none, use_acc=False, is_async=True)
-        slope = warpgroup_mma_wait(0, [slope])
-        release(v_empty, v_step + part, STAGES)
+        slope = warpgroup_mma_wait(0, [_begin_product(gradient, filled(v_ring, v_step + part))])
+        release(v_ring, v_step + part)
         slope = slope - pull * gl.load(norm + part * ROWS + element)[None, :]
         slope = slope * share * exponential(gl.minimum(x * a + o, 0.0), False)
         if scale is not None:
             by_bias += gl.sum(slope, 1)
             by_scale += gl.sum(slope * x, 1)
-        places = dq + line[:, None] * D + (part * ROWS + element)[None, :]
-        gl.store(places, (slope * a).to(dq.dtype.element_ty), mask=(first + line < end)[:, None])
+        target = dq + line[:, None] * D + (part * ROWS + element)[None, :]
+        gl.store(target, (slope * a).to(dq.dtype.element_ty), mask=(first + line < end)[:, None])
     if scale is not None:
         gl.store(dfeature + place, gl.sum(by_scale, 0))
         gl.store(dfeature + place + 1, gl.sum(by_bias, 0))
 
 
 @gluon.jit
-def _begin_product(rows, ring, full, step, D: gl.constexpr, STAGES: gl.constexpr):
-    """Begin the products of ``rows`` with those of a ring's tile: [ROWS, ROWS]."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+def _begin_product(rows, others):
+    """Begin the products of ``rows`` with those of a tile: [ROWS, ROWS]."""
+    SCORES: gl.constexpr = rows.type.layout.parent
     none = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    await_filled(full, step, STAGES)
-    others = rows_of(ring, step % STAGES, D)
     return warpgroup_mma(rows, others.permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _attend_backward(
-    queries, gradient, level, shift, k_ring, v_ring, k_full, k_empty, v_full, v_empty, k_step, v_step, first,
-    start, steps, floor, P, W, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_step, view):
     """The gradient of rotated queries by the window's exponents, times the square root of D.
 
     A step's scores are begun before the last step's slopes meet its keys, as in the forward pass.
     """
+    first, start, steps, floor, P, W = view
+    D: gl.constexpr = queries.shape[1]
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     SLOPES: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     full = gl.maximum(floor, first + ROWS + P - W)
     acc = gl.zeros([ROWS, D], gl.float32, RESULT)
-    scores = _begin_product(queries, k_ring, k_full, k_step, D, STAGES)
-    slopes = _begin_product(gradient, v_ring, v_full, v_step, D, STAGES)
+    keys = filled(k_ring, k_step)
+    scores = _begin_product(queries, keys)
+    slopes = _begin_product(gradient, filled(v_ring, v_step))
     scores = warpgroup_mma_wait(1, [scores])
     weights = _weigh(scores, level, first, start, floor, P, W, True, D)
     slopes = warpgroup_mma_wait(0, [slopes])
-    release(v_empty, v_step, STAGES)
+    release(v_ring, v_step)
     ready = gl.convert_layout((weights * (slopes - shift[:, None])).to(queries.dtype), SLOPES)
     for i in range(1, steps):
         at = start + i * ROWS
-        scores = _begin_product(queries, k_ring, k_full, k_step + i, D, STAGES)
-        slopes = _begin_product(gradient, v_ring, v_full, v_step + i, D, STAGES)
-        acc = warpgroup_mma(ready, rows_of(k_ring, (k_step + i - 1) % STAGES, D), acc, is_async=True)
+        scores = _begin_product(queries, filled(k_ring, k_step + i))
+        slopes = _begin_product(gradient, filled(v_ring, v_step + i))
+        acc = warpgroup_mma(ready, _seen(k_ring, k_step + i - 1), acc, is_async=True)
         scores = warpgroup_mma_wait(2, [scores])
         edge = (at < full) | (at + ROWS > first + P + 1)
         weights = _weigh(scores, level, first, at, floor, P, W, edge, D)
         slopes = warpgroup_mma_wait(1, [slopes])
-        release(v_empty, v_step + i, STAGES)
+        release(v_ring, v_step + i)
         following = gl.convert_layout((weights * (slopes - shift[:, None])).to(queries.dtype), SLOPES)
         acc = warpgroup_mma_wait(0, [acc])
-        release(k_empty, k_step + i - 1, STAGES)
+        release(k_ring, k_step + i - 1)
         ready = following
-    acc = warpgroup_mma(ready, rows_of(k_ring, (k_step + steps - 1) % STAGES, D), acc, is_async=True)
+    acc = warpgroup_mma(ready, _seen(k_ring, k_step + steps - 1), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    release(k_empty, k_step + steps - 1, STAGES)
+    release(k_ring, k_step + steps - 1)
     return acc
+
+
+@gluon.jit
+def _seen(ring, step):
+    """The ring's tile of a step that has been waited for."""
+    places, _, _ = ring
+    return tile_of(places, step % places.shape[0])
 
 
 @gluon.jit
@@ -227,11 +219,8 @@ def _weigh(scores, level, first, start, floor, P, W, edge, D: gl.constexpr):
     SCORES: gl.constexpr = scores.type.layout
     weights = softmax_weights(scores, D**-0.5 * LOG2E, level[:, None], False)
     if edge:
-        row, slot = (
-            gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)),
-            gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)),
-        )
-        weights = hide(weights, first + P + row, start + slot, floor, W, 0.0)
+        row = first + P + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        weights = hide(weights, row, start + gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)), floor, W, 0.0)
     return weights
 
 
@@ -241,31 +230,23 @@ def _infini_attention_backward_queries_hopper_kernel(
     position, length, raw_strides, rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles, total,
     D: gl.constexpr, SEGMENTED: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, ROWS, D], q.layout)
-    do_tiles = gl.allocate_shared_memory(do.dtype, [CONSUMERS, 1, 1, ROWS, D], do.layout)
-    k_ring = gl.allocate_shared_memory(keys.dtype, [STAGES, 1, 1, ROWS, D], keys.layout)
-    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, ROWS, D], v.layout)
-    q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
-    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    own = ring(q, CONSUMERS, ROWS, D, 1)
+    # Filled along with the queries.
+    own_do = gl.allocate_shared_memory(do.dtype, [CONSUMERS, 1, 1, ROWS, D], do.layout)
+    k_ring, v_ring = ring(keys, STAGES, ROWS, D), ring(v, STAGES, ROWS, D)
     fence_async_shared()
+    rows, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, tiles, total)
     gl.warp_specialize(
         [
             (_consume, (
-                raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, position, length,
-                raw_strides, q_tiles, do_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles, total, 0, D, SEGMENTED, STAGES,
+                raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own,
+                own_do, k_ring, v_ring, rows, rope, sizes, 0, SEGMENTED,
             )),
             (_consume, (
-                raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, position, length,
-                raw_strides, q_tiles, do_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles, total, 1, D, SEGMENTED, STAGES,
+                raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own,
+                own_do, k_ring, v_ring, rows, rope, sizes, 1, SEGMENTED,
             )),
-            (_produce, (
-                q, do, keys, v, states, position, length, q_tiles, do_tiles, k_ring, v_ring, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, H, HKV, T, P, S, W, N, tiles, total,
-                D, SEGMENTED, states is not None, STAGES,
-            )),
+            (_produce, (q, do, keys, v, states, own, own_do, k_ring, v_ring, rows, sizes, SEGMENTED)),
         ],
         [4, 1], [REGISTERS, 24],
     )  # fmt: skip

@@ -24,23 +24,23 @@ def two_halves(width: int) -> int:
 
 def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, bool]:
     """``x [B, H, T, D]`` for :func:`load_rows` in tiles ``[rows, width]``, and whether as a descriptor."""
-    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-    # A descriptor cannot describe nothing.
-    if x.shape[3] != width or not aligned or not x.numel() or not _has_copy_engine(x):
+    if not _has_copy_engine(x) or not _is_copied(x, width):
         return x, False
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]), True
 
 
+def _is_copied(x: Tensor, width: int) -> bool:
+    """Whether a copy engine takes rows of ``x``, all ``width`` elements; a descriptor cannot describe nothing."""
+    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return aligned and x.shape[3] == width and x.numel() > 0
+
+
 def warp_specialised(window: int | None, widths: tuple[int, ...], *tensors: Tensor) -> bool:
     """Whether the kernels for Hopper take ``[B, H, T, D]`` tensors: bfloat16, one of ``widths``, a window."""
-    return window is not None and all(
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and x.shape[3] in widths
-        and x.shape[3] == tensors[0].shape[3]
-        and tiled(x, 1, x.shape[3])[1]
-        and all(x.stride()[:-1])
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
+    if INTERPRETED.value or window is None or tensors[0].shape[3] not in widths:
+        return False
+    return torch.cuda.get_device_capability(tensors[0].device) == (9, 0) and all(
+        x.dtype == torch.bfloat16 and _is_copied(x, tensors[0].shape[3]) and all(x.stride()[:-1])
         for x in tensors
     )
 

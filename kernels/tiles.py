@@ -76,7 +76,7 @@ _ATTENTION: dict[str, ByDevice] = {
     "_infini_attention_backward_prepare_kernel": {
         (9, 0): {
             (64, 2): _attention(64, 64, 4, 1, registers=168),
-            (128, 2): _attention(64, 128, 8, 3, registers=128),
+            (128, 2): _attention(64, 128, 4, 1),
             (256, 2): _attention(32, 64, 8, 1),
             (128, 4): _attention(16, 64, 4, 1),
             (256, 4): _attention(16, 32, 4, 1),

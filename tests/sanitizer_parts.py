@@ -76,10 +76,16 @@ def _rows() -> Iterator[Row]:
                 if "local" in option:
                     lengths["window"] = lengths["segment"]
                 yield Row(name, option, dtype, {**_HEADS, "key": key, "value": value, **lengths}, 0)
+    for name in ("layer", "window"):
+        lengths = (
+            {**_LENGTHS, "tokens": 36} if name == "layer" else {"tokens": 36, "window": 21, "segment": 17}
+        )
+        sizes = {**_HEADS, "key": 128, "value": 128, **lengths}
+        yield Row(name, FAMILIES[name].options[0], torch.bfloat16, sizes, 0)
 
 
 def kernels() -> set[str]:
-    """The Triton kernels there are, by name."""
+    """The kernels there are in Triton and Gluon, by name."""
     folder = Path(__file__).resolve().parent.parent / "kernels"
     lines = [line for path in folder.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
     names = (line.removeprefix("def ").split("(")[0] for line in lines if line.startswith("def _"))
@@ -127,10 +133,17 @@ class Launched:
             torch.cuda.synchronize()
 
 
+def hopper() -> set[str]:
+    """The kernels for Hopper, by name and their only dtype."""
+    return {f"{name} bfloat16" for name in kernels() if name.endswith("_hopper_kernel")}
+
+
 def missing(found: set[str]) -> list[str]:
     """The kernels, by dtype, that ``found`` lacks."""
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    return sorted(({f"{name} {dtype}" for name in kernels() for dtype in dtypes} | SWEEPS) - found)
+    portable = {name for name in kernels() if not name.endswith("_hopper_kernel")}
+    wanted = {f"{name} {dtype}" for name in portable for dtype in dtypes}
+    return sorted((wanted | SWEEPS | hopper()) - found)
 
 
 def run_rows(options: Options) -> bool:

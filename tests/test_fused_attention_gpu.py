@@ -118,7 +118,8 @@ def test_only_kernels_run(
     inputs = case.inputs("changed", dtype, device="cuda", **sized(131, 131, 67, key=key, value=value))
     launches = Launches(monkeypatch)
     case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
-    assert set(launches.names) >= ATTENTION | MEMORY | {f"_memory_scan_{rule}_kernel"}
+    names = {name.replace("_hopper", "") for name in launches.names}
+    assert names >= ATTENTION | MEMORY | {f"_memory_scan_{rule}_kernel"}
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

@@ -1,4 +1,4 @@
-"""The kernels for Hopper: every option and shape that they take, at their width, and where others take over."""
+"""The kernels for Hopper: every option and shape that they take, and where others take over."""
 
 from __future__ import annotations
 
