@@ -30,7 +30,7 @@ def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, 
 
 
 def _is_copied(x: Tensor, width: int) -> bool:
-    """Whether a copy engine takes whole rows of ``x``, of which there are some, and ``width`` elements each."""
+    """Whether a copy engine takes rows of ``x``: there are some, and each has ``width`` elements."""
     aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
     return aligned and x.shape[3] == width and x.numel() > 0
 
