@@ -12,7 +12,7 @@ struct ContextForwardGrid {
         const int inputs = even(sweep.width), columns = most(sweep.width, blocks);
         const int64_t norms = 2 * aligned(sweep.layers * sweep.width * sizeof(float));
         const int64_t kept = norms + sweep.layers * columns * inputs * (half ? 2 : 4);
-        return {inputs, 0, columns, columns, int(sweep.layers), kept};
+        return {inputs, 0, columns, columns, kept};
     }
 
     template <class Member>
@@ -31,7 +31,7 @@ struct ContextForwardGrid {
         });
         const auto arrive = [&](int64_t step, int layer) {
             member.receive(width);
-            member.normalise(width, layer, step == 0, [&](int row, int k, float normed) {
+            member.normalise(width, [&](int row, int k, float normed) {
                 const float context = fmaf(normed, gain[layer * width + k], shift[layer * width + k]);
                 if (!own.has(k)) return context;
                 member.column(row)[k - own.first] = context;
@@ -67,7 +67,7 @@ struct ContextAdjointGrid {
         const int inputs = even(sweep.width), columns = most(sweep.width, blocks);
         const int64_t norms = aligned(sweep.layers * sweep.width * sizeof(float));
         const int64_t kept = norms + sweep.layers * columns * inputs * (half ? 2 : 4);
-        return {inputs, 3 * inputs, columns, columns, 0, kept};
+        return {inputs, 3 * inputs, columns, columns, kept};
     }
 
     template <class Member>

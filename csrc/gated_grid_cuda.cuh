@@ -15,7 +15,7 @@ struct GatedForwardGrid {
         const int64_t matrices = hidden * even(sweep.width) +
                                  (sweep.deeper * hidden + kGates * context) * even(sweep.hidden);
         const int64_t kept = 2 * aligned(sweep.width * sizeof(float)) + matrices * (half ? 2 : 4);
-        return {even(larger(sweep.width, sweep.hidden)), 0, int(context), int(larger(hidden, kGates * context)), 1, kept};
+        return {even(larger(sweep.width, sweep.hidden)), 0, int(context), int(larger(hidden, kGates * context)), kept};
     }
 
     template <class Member>
@@ -75,7 +75,7 @@ struct GatedForwardGrid {
         const Sweep& sweep = member.sweep;
         const int64_t width = sweep.width;
         member.receive(width);
-        member.normalise(width, 0, step == 0, [&](int row, int k, float normed) {
+        member.normalise(width, [&](int row, int k, float normed) {
             const float free = fmaf(normed, gain[k], shift[k]);
             const float context = free > sweep.clamp ? sweep.clamp : free < -sweep.clamp ? -sweep.clamp : free;
             if (!own.has(k)) return context;
@@ -96,7 +96,7 @@ struct GatedAdjointGrid {
         const int width = even(sweep.width), gates = kGates * width;
         const int64_t matrices = hidden * gates + (sweep.deeper * hidden + context) * even(sweep.hidden);
         const int64_t kept = aligned(width * sizeof(float)) + matrices * (half ? 2 : 4);
-        return {larger(gates, even(sweep.hidden)), 3 * width + gates, int(context), int(larger(hidden, context)), 0, kept};
+        return {larger(gates, even(sweep.hidden)), 3 * width + gates, int(context), int(larger(hidden, context)), kept};
     }
 
     template <class Member>

@@ -17,7 +17,7 @@
 
 namespace newllm {
 
-constexpr int kGridThreads = 256;
+constexpr int kGridThreads = 384;
 constexpr int kGridWarps = kGridThreads / 32;
 
 struct GridTeams {
@@ -36,13 +36,12 @@ struct GridSizes {
     int ahead;     // of a row: what is fetched ahead of its use
     int columns;   // of a row: the block's columns of the context, at most
     int products;  // the block's columns of all products, at most
-    int norms;     // layer norms
     int64_t kept;  // bytes worth keeping beyond that, matrices above all
 };
 
 // Where things lie there, in bytes.
 struct GridLayout {
-    size_t inputs, ahead, columns, centres, sums, products, kept;
+    size_t inputs, ahead, columns, sums, products, kept;
 };
 
 __host__ __device__ inline int even(int64_t n) { return static_cast<int>((n + 1) / 2 * 2); }
@@ -58,9 +57,8 @@ __host__ __device__ inline GridLayout grid_layout(const GridSizes& sizes, int ro
     at.inputs = compiled_rows * sizeof(int64_t);  // after each row's first token
     at.ahead = aligned(at.inputs + size_t(rows) * sizes.inputs * sizeof(float));
     at.columns = aligned(at.ahead + size_t(rows) * sizes.ahead * sizeof(float));
-    at.centres = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
-    at.sums = aligned(at.centres + size_t(compiled_rows) * sizes.norms * sizeof(float));
-    at.products = aligned(at.sums + size_t(kGridWarps) * 2 * compiled_rows * sizeof(float));
+    at.sums = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
+    at.products = aligned(at.sums + size_t(kGridWarps) * compiled_rows * sizeof(float4));
     at.kept = aligned(at.products + size_t(2) * kGridWarps * sizes.products * compiled_rows * sizeof(float));
     return at;
 }
@@ -74,10 +72,10 @@ struct GridShare {
 
 // The block's rows of matrices, in elements: matrix [group], row [output], piece of its row [segment].
 struct GridMatrix {
-    const void* data;
+    const void* data;  // in global memory; null: kept
+    size_t kept;       // bytes from the beginning of shared memory
     int64_t group;
     int row, segment;
-    bool kept;
 };
 
 template <class Sweep, int kRows>
@@ -194,50 +192,17 @@ struct GridMember {
         exchange++;
     }
 
-    // Sums over the block's threads.
-    __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
-        constexpr int n = 2 * kRows;
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const float part = sum_of_lanes<n>(values, lane);
-        float* const parts = floats(at.sums);
-        if (lane % (32 / n) == 0) parts[warp * n + lane / (32 / n)] = part;
-        __syncthreads();
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kGridWarps; w++) total += parts[w * n + lane % n];
-#pragma unroll
-        for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total, i);
-    }
-
-    // Replaces the inputs x by result(row, k, normed x). Sums and squares are of x less the mean of the last token.
+    // Replaces the inputs x by result(row, k, normed x).
     template <class Result>
-    __device__ __forceinline__ void normalise(int width, int norm, bool fresh, Result result) const {
-        float* const centres = floats(at.centres) + norm * kRows;
-        float centre[kRows], sums[2 * kRows] = {};
-        if (fresh) __syncthreads();
-#pragma unroll
-        for (int row = 0; row < kRows; row++)
-            if (exists(row)) centre[row] = fresh ? input(row)[0] : centres[row];
+    __device__ __forceinline__ void normalise(int width, Result result) const {
+        float mean[kRows], rstd[kRows];
+        moments(width, mean, rstd);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
-            each(width, [&](int k) {
-                const float x = input(row)[k] - centre[row];
-                sums[2 * row] += x;
-                sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
-            });
-        }
-        sum(sums);
-        const float part = 1.0f / width;
-#pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            if (!exists(row)) continue;
-            const float mean = sums[2 * row] * part;
-            const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, sums[2 * row + 1] * part), 0.0f) + kLayerNormEps);
-            if (threadIdx.x == 0) centres[row] = centre[row] + mean;
             each(width, [&](int k) {
                 float& x = input(row)[k];
-                x = result(row, k, (x - centre[row] - mean) * rstd);
+                x = result(row, k, (x - mean[row]) * rstd[row]);
             });
         }
     }
@@ -246,23 +211,30 @@ struct GridMember {
     template <class Normed, class Result>
     __device__ __forceinline__ void normalise_gradient(int width, const float (&rstd)[kRows], Normed normed,
                                                        Result result) const {
-        float sums[2 * kRows] = {};
+        float plain[kRows] = {}, along[kRows] = {};
+        each_of_all(width, [&](int row, int k) {
+            plain[row] += input(row)[k];
+            along[row] = fmaf(input(row)[k], normed(row, k), along[row]);
+        });
+        sum_warp(plain);
+        sum_warp(along);
 #pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            if (!exists(row)) continue;
-            each(width, [&](int k) {
-                sums[2 * row] += input(row)[k];
-                sums[2 * row + 1] = fmaf(input(row)[k], normed(row, k), sums[2 * row + 1]);
-            });
-        }
-        sum(sums);
+        for (int row = 0; row < kRows; row++) share_sums(row, {plain[row], along[row], 0.0f, 0.0f});
+        __syncthreads();
+        WarpSums parts[kGridWarps], sums{};
+        take_sums(parts);
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) sums.sum += parts[w].sum, sums.squares += parts[w].squares;
         const float part = 1.0f / width;
+        float mean[kRows], mean_normed[kRows];
+        spread(sums.sum * part, mean);
+        spread(sums.squares * part, mean_normed);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
-            const float mean = sums[2 * row] * part, mean_normed = sums[2 * row + 1] * part;
             each(width, [&](int k) {
-                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), mean, mean_normed, rstd[row]));
+                result(row, k,
+                       layer_norm_gradient(input(row)[k], normed(row, k), mean[row], mean_normed[row], rstd[row]));
             });
         }
     }
@@ -272,10 +244,10 @@ struct GridMember {
     __device__ __forceinline__ void multiply(const GridMatrix& matrix, int64_t group, int groups, int outputs,
                                              int segments, int width) const {
         if (team.half) {
-            if (matrix.kept) products<__nv_bfloat16, true>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) products<__nv_bfloat16, true>(matrix, group, groups, outputs, segments, width);
             else products<__nv_bfloat16, false>(matrix, group, groups, outputs, segments, width);
         } else {
-            if (matrix.kept) products<float, true>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) products<float, true>(matrix, group, groups, outputs, segments, width);
             else products<float, false>(matrix, group, groups, outputs, segments, width);
         }
     }
@@ -308,6 +280,64 @@ struct GridMember {
 
   private:
     __device__ float* floats(size_t offset) const { return reinterpret_cast<float*>(dynamic_shared() + offset); }
+    // Of a row, by a warp: its columns, their sum and mean, and another sum.
+    struct WarpSums {
+        float sum, squares, columns, mean;
+    };
+    __device__ __forceinline__ void share_sums(int row, const WarpSums& sums) const {
+        if (threadIdx.x % 32 == 0) warp_sums()[threadIdx.x / 32 * kRows + row] = sums;
+    }
+    // Of the row that is the lane's in spread().
+    __device__ __forceinline__ void take_sums(WarpSums (&parts)[kGridWarps]) const {
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) parts[w] = warp_sums()[w * kRows + threadIdx.x % kRows];
+    }
+    static __device__ __forceinline__ void spread(float own, float (&values)[kRows]) {
+#pragma unroll
+        for (int row = 0; row < kRows; row++) values[row] = kRows == 1 ? own : __shfl_sync(~0u, own, row);
+    }
+    __device__ WarpSums* warp_sums() const { return reinterpret_cast<WarpSums*>(dynamic_shared() + at.sums); }
+    static __device__ __forceinline__ void sum_warp(float (&values)[kRows]) {
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2)
+#pragma unroll
+            for (int row = 0; row < kRows; row++) values[row] += __shfl_xor_sync(~0u, values[row], mask);
+    }
+
+    // Of the inputs. A warp's squares are of what is left when the mean of its own columns is taken away, so that no
+    // large numbers cancel (Chan, Golub, LeVeque, Updating formulae for computing sample variances).
+    __device__ __forceinline__ void moments(int width, float (&mean)[kRows], float (&rstd)[kRows]) const {
+        int columns = 0;
+        for (int first = threadIdx.x / 32 * 64; first < width; first += 2 * kGridThreads)
+            columns += min(64, width - first);
+        const float share = 1.0f / larger(columns, 1);
+        float sums[kRows] = {}, squares[kRows] = {};
+        each_of_all(width, [&](int row, int k) { sums[row] += input(row)[k]; });
+        sum_warp(sums);
+        each_of_all(width, [&](int row, int k) {
+            const float x = input(row)[k] - sums[row] * share;
+            squares[row] = fmaf(x, x, squares[row]);
+        });
+        sum_warp(squares);
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            share_sums(row, {sums[row], squares[row], float(columns), sums[row] * share});
+        __syncthreads();
+        WarpSums parts[kGridWarps], all{};
+        take_sums(parts);
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) all.sum += parts[w].sum, all.squares += parts[w].squares;
+        const float whole = 1.0f / width;
+        all.mean = all.sum * whole;
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) {
+            const float away = parts[w].mean - all.mean;
+            all.squares = fmaf(parts[w].columns * away, away, all.squares);
+        }
+        spread(all.mean, mean);
+        spread(rsqrtf(all.squares * whole + kLayerNormEps), rstd);
+    }
+
     // [warp, product, row]; those of one exchange are read while those of the next are written.
     __device__ float* product_parts() const {
         return floats(at.products) + exchange % 2 * kGridWarps * sizes.products * kRows;
@@ -338,7 +368,7 @@ struct GridMember {
         Value* const kept = reinterpret_cast<Value*>(reserve(groups * own.count * row * int64_t(sizeof(Value))));
         if (kept == nullptr) {
             const int64_t whole = segments * width;
-            return {from + own.first * whole, outputs * whole, int(whole), int(width), false};
+            return {from + own.first * whole, 0, outputs * whole, int(whole), int(width)};
         }
         for (int64_t line = threadIdx.x / 32; line < groups * own.count * segments; line += kGridWarps) {
             const int64_t group = line / (own.count * segments), rest = line % (own.count * segments);
@@ -347,7 +377,8 @@ struct GridMember {
                 kept[line * segment + k] = k < width ? source[k] : Value(0.0f);
         }
         __syncthreads();
-        return {kept, int64_t(own.count) * row, row, segment, true};
+        const size_t place = reinterpret_cast<char*>(kept) - dynamic_shared();
+        return {nullptr, place, int64_t(own.count) * row, row, segment};
     }
 
     template <class Value, bool kKept>
@@ -358,7 +389,8 @@ struct GridMember {
         float* const parts = product_parts() + threadIdx.x / 32 * sizes.products * kRows;
         for (int g = 0; g < groups; g++)
             for (int output = 0; output < outputs; output += kChunk) {
-                const Value* const rows = static_cast<const Value*>(matrix.data) + (group + g) * matrix.group +
+                const void* const data = kKept ? dynamic_shared() + matrix.kept : matrix.data;
+                const Value* const rows = static_cast<const Value*>(data) + (group + g) * matrix.group +
                                           int64_t(output) * matrix.row;
                 float sums[n] = {};
                 for (int segment = 0; segment < segments; segment++)
@@ -384,10 +416,11 @@ struct GridMember {
         }
 #pragma unroll
         for (int c = 0; c < kChunk; c++) {
-            if (c >= outputs) break;
+            // Beyond the last output its row stands in, so that no load waits for a branch.
+            const Value* const row_of = weight + min(c, outputs - 1) * apart;
             float2 w;
-            if constexpr (kKept) w = pair(weight + c * apart);
-            else w = {number(weight[c * apart]), two ? number(weight[c * apart + 1]) : 0.0f};
+            if constexpr (kKept) w = pair(row_of);
+            else w = {number(row_of[0]), number(row_of[two])};
 #pragma unroll
             for (int row = 0; row < kRows; row++)
                 sums[c * kRows + row] = fmaf(w.y, x[row].y, fmaf(w.x, x[row].x, sums[c * kRows + row]));
