@@ -8,17 +8,12 @@
 // and so nobody can post one before everybody has received the last but one.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "context_arguments_cuda.cuh"
 #include "context_cell.h"
 #include "cuda_grid.cuh"
-#include "cuda_lanes.cuh"
+#include "grid_product_cuda.cuh"
 
 namespace newllm {
-
-constexpr int kGridThreads = 384;
-constexpr int kGridWarps = kGridThreads / 32;
 
 struct GridTeams {
     int rows;           // that a team takes at a time
@@ -44,7 +39,6 @@ struct GridLayout {
     size_t inputs, ahead, columns, sums, products, kept;
 };
 
-__host__ __device__ inline int even(int64_t n) { return static_cast<int>((n + 1) / 2 * 2); }
 __host__ __device__ inline int most(int64_t columns, int blocks) { return int((columns + blocks - 1) / blocks); }
 template <class Number>
 __host__ __device__ inline Number larger(Number a, Number b) {
@@ -70,18 +64,9 @@ struct GridShare {
     __device__ bool has(int column) const { return unsigned(column - first) < unsigned(count); }
 };
 
-// The block's rows of matrices, in elements: matrix [group], row [output], piece of its row [segment].
-struct GridMatrix {
-    const void* data;  // in global memory; null: kept
-    size_t kept;       // bytes from the beginning of shared memory
-    int64_t group;
-    int row, segment;
-};
-
 template <class Sweep, int kRows>
 struct GridMember {
     static constexpr int kMostRows = kRows;
-    static constexpr int kChunk = kRows == 1 ? 8 : 32 / kRows;  // products that are summed up together
 
     const Sweep& sweep;
     const GridTeams& team;
@@ -243,12 +228,14 @@ struct GridMember {
     // from that group on. finish() has them.
     __device__ __forceinline__ void multiply(const GridMatrix& matrix, int64_t group, int groups, int outputs,
                                              int segments, int width) const {
+        const GridFactors factors{matrix, group, at.inputs, product_parts(), sizes.inputs, sizes.products, count,
+                                  groups, outputs, segments, width};
         if (team.half) {
-            if (matrix.data == nullptr) products<__nv_bfloat16, true>(matrix, group, groups, outputs, segments, width);
-            else products<__nv_bfloat16, false>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) grid_products<kRows, __nv_bfloat16, true>(factors);
+            else grid_products<kRows, __nv_bfloat16, false>(factors);
         } else {
-            if (matrix.data == nullptr) products<float, true>(matrix, group, groups, outputs, segments, width);
-            else products<float, false>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) grid_products<kRows, float, true>(factors);
+            else grid_products<kRows, float, false>(factors);
         }
     }
 
@@ -263,7 +250,7 @@ struct GridMember {
     template <int kGroups, class Fetch, class Use>
     __device__ __forceinline__ void finish(int outputs, float early, Fetch fetch, Use use) const {
         __syncthreads();
-        const float* const parts = product_parts();
+        const float* const parts = floats(product_parts());
         for (int i = threadIdx.x; i < outputs * kRows; i += kGridThreads) {
             const int row = i % kRows, output = i / kRows;
             if (!exists(row)) continue;
@@ -339,8 +326,8 @@ struct GridMember {
     }
 
     // [warp, product, row]; those of one exchange are read while those of the next are written.
-    __device__ float* product_parts() const {
-        return floats(at.products) + exchange % 2 * kGridWarps * sizes.products * kRows;
+    __device__ size_t product_parts() const {
+        return at.products + exchange % 2 * kGridWarps * sizes.products * kRows * sizeof(float);
     }
     __device__ Packet* slots(int row) const {
         const int64_t team_number = blockIdx.x / team.blocks;
@@ -352,13 +339,6 @@ struct GridMember {
         if (begin + aligned(bytes) > dynamic_shared() + team.shared) return nullptr;
         room += aligned(bytes);
         return begin;
-    }
-
-    static __device__ __forceinline__ float number(float x) { return x; }
-    static __device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-    static __device__ __forceinline__ float2 pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
-    static __device__ __forceinline__ float2 pair(const __nv_bfloat16* x) {
-        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
     }
 
     template <class Value>
@@ -379,52 +359,6 @@ struct GridMember {
         __syncthreads();
         const size_t place = reinterpret_cast<char*>(kept) - dynamic_shared();
         return {nullptr, place, int64_t(own.count) * row, row, segment};
-    }
-
-    template <class Value, bool kKept>
-    __device__ __forceinline__ void products(const GridMatrix& matrix, int64_t group, int groups, int outputs,
-                                             int segments, int width) const {
-        constexpr int n = kChunk * kRows;
-        const int lane = threadIdx.x % 32;
-        float* const parts = product_parts() + threadIdx.x / 32 * sizes.products * kRows;
-        for (int g = 0; g < groups; g++)
-            for (int output = 0; output < outputs; output += kChunk) {
-                const void* const data = kKept ? dynamic_shared() + matrix.kept : matrix.data;
-                const Value* const rows = static_cast<const Value*>(data) + (group + g) * matrix.group +
-                                          int64_t(output) * matrix.row;
-                float sums[n] = {};
-                for (int segment = 0; segment < segments; segment++)
-#pragma unroll 1
-                    for (int k = 2 * threadIdx.x; k < width; k += 2 * kGridThreads)
-                        add_products<Value, kKept>(rows + segment * matrix.segment + k, matrix.row, outputs - output,
-                                                   segment * even(width) + k, k + 1 < width, sums);
-                const float total = sum_of_lanes<n>(sums, lane);
-                const int value = lane / (32 / n);
-                if (lane % (32 / n) == 0 && output + value / kRows < outputs)
-                    parts[(g * outputs + output) * kRows + value] = total;
-            }
-    }
-
-    template <class Value, bool kKept>
-    __device__ __forceinline__ void add_products(const Value* weight, int apart, int outputs, int k, bool two,
-                                                 float (&sums)[kChunk * kRows]) const {
-        float2 x[kRows];
-#pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            x[row] = exists(row) ? pair(input(row) + k) : float2{0.0f, 0.0f};
-            if (!two) x[row].y = 0.0f;
-        }
-#pragma unroll
-        for (int c = 0; c < kChunk; c++) {
-            // Beyond the last output its row stands in, so that no load waits for a branch.
-            const Value* const row_of = weight + min(c, outputs - 1) * apart;
-            float2 w;
-            if constexpr (kKept) w = pair(row_of);
-            else w = {number(row_of[0]), number(row_of[two])};
-#pragma unroll
-            for (int row = 0; row < kRows; row++)
-                sums[c * kRows + row] = fmaf(w.y, x[row].y, fmaf(w.x, x[row].x, sums[c * kRows + row]));
-        }
     }
 };
 
