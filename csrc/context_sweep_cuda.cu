@@ -8,8 +8,8 @@ namespace newllm {
 namespace {
 
 constexpr int kTensorRowsTogether = 8;
-// Narrower vectors go to the grid. Clusters apply a layer norm's mean to the product with W, which rounding spoils where
-// the deviation is next to nothing, and that of one or two columns often is.
+// Narrower vectors go to the grid. Clusters apply a layer norm's mean to the product with W, which rounding spoils
+// where the deviation is next to nothing, and that of one or two columns often is.
 constexpr int kLeastClusterWidth = 32;
 
 // Whether every row has a cluster of its own, which tensor cores do not beat.
