@@ -33,7 +33,7 @@ class BuildNative(build_ext):
 setup(
     packages=[*find_packages(include=["newllm", "newllm.*"]), "newllm.kernels"],
     package_dir={"newllm.kernels": "kernels"},
-    package_data={"newllm": ["py.typed", "configs/*.yaml"]},
+    package_data={"newllm": ["py.typed", "configs/*.yaml", "serving/*.html"]},
     # Optional: what was left out for want of a compiler is not looked for. Other failures are no such errors.
     ext_modules=[Extension("newllm._C", [], optional=True)],
     cmdclass={"build_ext": BuildNative},

@@ -2,21 +2,27 @@
 
 ``python benchmarks/train_step.py`` writes ``benchmarks/results/train_step.jsonl`` and prints tokens/s, the
 peak of memory beyond weights and optimiser, and the share of attention. All models are compiled alike, train
-in bfloat16 autocast with AdamW at batch 1, and take turns within one process. Without a GPU it runs a tiny
-shape, into ``runs/bench``.
+in bfloat16 autocast with AdamW at batch 1, and take turns within one process. Compiling dominates, so the
+models of all lengths are compiled side by side first, by processes of their own that run nothing, into the
+caches on disk that the measuring process reads. Without a GPU it runs a tiny shape, into ``runs/bench``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from newllm import ops
@@ -25,7 +31,7 @@ from newllm.files import replace_file
 from newllm.measuring.timing import Clock
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules.rotary import Rotary
-from newllm.runs import provenance
+from newllm.runs import commit, provenance
 from newllm.training.losses import batch_loss
 
 SMOLLM2: dict[str, Any] = {
@@ -66,8 +72,10 @@ def models(sizes: dict[str, Any], window: int, segment: int) -> dict[str, Any]:
     }
 
 
-def training_step(model: Any, ids: Tensor, checkpointing: bool, compiled: bool) -> Callable[[], None]:
-    """A whole step: forward, loss, backward, AdamW."""
+def training_step(
+    model: Any, ids: Tensor, checkpointing: bool, backend: str | Callable[..., Any] | None
+) -> Callable[[], None]:
+    """A whole step: forward, loss, backward, AdamW; compiled by ``backend``, not at all by None."""
     model.train()
     if checkpointing:
         new = hasattr(model, "activation_checkpointing_enable")
@@ -77,7 +85,7 @@ def training_step(model: Any, ids: Tensor, checkpointing: bool, compiled: bool) 
     def loss_of(ids: Tensor) -> Tensor:
         return batch_loss(model(input_ids=ids, use_cache=False).logits, {"input_ids": ids})
 
-    loss = torch.compile(loss_of) if compiled else loss_of
+    loss = loss_of if backend is None else torch.compile(loss_of, backend=backend)
 
     def step() -> None:
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
@@ -124,15 +132,59 @@ def attention_step(
     return step
 
 
+class _InCache(Exception):
+    """The code lies in the cache on disk."""
+
+
+def _only_compile(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    # Else the backward pass would be compiled when it first runs, which it does not.
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        compile_fx(graph, inputs)
+    raise _InCache
+
+
+def compile_ahead(name: str, tokens: int, window: int, checkpointing: bool, threads: int) -> None:
+    """Leave the code of one model's step at one length in the cache on disk; run nothing."""
+    device = training_device()
+    sizes = SMOLLM2 if device.type == "cuda" else TINY
+    torch.set_num_threads(threads)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    model = models(sizes, window, window)[name].to(device)
+    try:
+        with torch._inductor.config.patch(compile_threads=threads):
+            training_step(model, ids, checkpointing, _only_compile)()
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, _InCache):
+            raise
+
+
+def compile_all_ahead(args: argparse.Namespace) -> None:
+    """``compile_ahead`` for all models and lengths side by side."""
+    began, tasks = (
+        time.monotonic(),
+        [(name, n) for n in reversed(args.tokens) for name in (SENRI, FULL, WINDOW)],
+    )
+    threads = max(1, (os.cpu_count() or 1) // len(tasks))
+    # A process that has used CUDA must not be forked.
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        for done in [
+            pool.submit(compile_ahead, name, n, args.window, n >= args.checkpointing_from, threads)
+            for name, n in tasks
+        ]:
+            done.result()
+    print(f"compiled {len(tasks)} steps ahead in {time.monotonic() - began:.0f} s", flush=True)
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per length and model."""
     device = training_device()
     on_gpu = device.type == "cuda"
-    sizes = SMOLLM2 if on_gpu else TINY
+    sizes, window = SMOLLM2 if on_gpu else TINY, args.window
     clock, run, rows = Clock(device), uuid.uuid4().hex[:12], []
-    facts = provenance(0)
-    for tokens in args.tokens or ([2048, 8192, 32_768, 65_536] if on_gpu else [64, 128]):
-        window = args.window if on_gpu else 16
+    facts = provenance(0) | {"commit": args.commit}
+    for tokens in args.tokens:
         # One cache of compiled code for three models: another length would be one shape too many.
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -140,11 +192,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         checkpointing = tokens >= args.checkpointing_from
         steps: dict[str, Callable[[], None]] = {}
         peaks: dict[str, float | None] = {}
+        began = time.monotonic()
         for name, model in models(sizes, window, window).items():
-            steps[name] = training_step(model.to(device), ids, checkpointing, on_gpu)
+            steps[name] = training_step(
+                model.to(device), ids, checkpointing, "inductor" if args.compile else None
+            )
             for _ in range(3):
                 steps[name]()
             peaks[name] = clock.extra_gib(steps[name])
+        print(f"{tokens:>7,} tokens  first steps in {time.monotonic() - began:.0f} s", flush=True)
         times = clock.race(steps, seconds=args.seconds)
         alone = {name: attention_step(name, sizes, tokens, window, window, device) for name in steps}
         for call in alone.values():
@@ -185,15 +241,22 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure and write."""
+    on_gpu = training_device().type == "cuda"
+    lengths, window = ([2048, 8192, 32_768, 65_536], 1024) if on_gpu else ([64, 128], 16)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", help="lengths (2048 8192 32768 65536)")
-    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, nargs="+", default=lengths, help=f"lengths ({lengths})")
+    parser.add_argument("--window", type=int, default=window, help="tokens, also of a segment")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for the turns at one length")
     parser.add_argument("--checkpointing-from", type=int, default=65_536, help="recompute from here on")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--processes", type=int, default=12, help="that compile ahead; 0: none")
+    parser.add_argument("--commit", default=commit(), help="of a checkout without its history")
     parser.add_argument("--out", type=Path, help="file of the rows")
     args = parser.parse_args()
+    if args.compile and args.processes:
+        compile_all_ahead(args)
     rows = measure(args)
-    folder = Path(__file__).parent / "results" if training_device().type == "cuda" else Path("runs/bench")
+    folder = Path(__file__).parent / "results" if on_gpu else Path("runs/bench")
     path = args.out or folder / "train_step.jsonl"
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -176,7 +176,8 @@ def rules(sources: Path, target: Path, compiler: str, cuda: Cuda) -> str:
         flags = f"-O3 -std=c++17 -t 0 -Xcompiler -fPIC,-fvisibility=hidden {cuda.flags}"
         command = f"{quoted(cuda.nvcc)} {host} {flags} -MMD -MF $out.d -c $in -o $out"
         lines.append(rule("nvcc", command, True))
-        for source in sorted(sources.glob("*.cu")):
+        # The longest of them first: begun last it would be built alone.
+        for source in sorted(sources.glob("*.cu"), key=lambda source: ("grid" not in source.stem, source)):
             objects.append(f"{source.stem}.cu.o")
             lines.append(f"build {objects[-1]}: nvcc {escaped(source)}\n")
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}\n")

@@ -93,8 +93,9 @@ void multiply_tile(const Packed& matrix, int64_t column, const float* in, int64_
 template <int COUNT>
 void multiply_rows(const Packed& matrix, Columns own, const float* in, int64_t in_stride, float* out,
                    int64_t out_stride) {
-    // At least eight sums are under way at once, or each would wait for the one before.
-    constexpr int WIDE = COUNT == 1 ? 4 : COUNT < 4 ? 2 : 1;
+    // At least eight sums are under way at once, or each would wait for the one before; and panels from several
+    // places at once come faster.
+    constexpr int WIDE = COUNT <= 2 ? 4 : COUNT <= 6 ? 2 : 1;
     int64_t column = own.begin;
     for (; column + WIDE * PANEL <= own.end; column += WIDE * PANEL)
         multiply_tile<COUNT, WIDE>(matrix, column, in, in_stride, out, out_stride);

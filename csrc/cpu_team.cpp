@@ -88,11 +88,15 @@ Workspace::~Workspace() {
 float* Workspace::floats(int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
     const size_t unit = bytes < kSmallBlock ? 64 : kLargePage;
-    const size_t rounded = (bytes / unit + 1) * unit;
+    const size_t rounded = (bytes + unit - 1) / unit * unit;
     blocks_.reserve(blocks_.size() + 1);
-    void* block = std::aligned_alloc(unit, rounded);
-    if (block == nullptr) throw std::bad_alloc();
-    blocks_.push_back(block);
+    // Aligned here: what aligned_alloc maps is unmapped again, and clearing its pages in every call takes longer than
+    // sweeping fifty tokens, while malloc comes to keep such blocks.
+    void* whole = std::malloc(rounded + unit);
+    if (whole == nullptr) throw std::bad_alloc();
+    blocks_.push_back(whole);
+    const uintptr_t address = (reinterpret_cast<uintptr_t>(whole) + unit - 1) / unit * unit;
+    void* block = reinterpret_cast<void*>(address);
 #ifdef __linux__
     if (unit == kLargePage) madvise(block, rounded, MADV_HUGEPAGE);
 #endif

@@ -60,16 +60,17 @@ def _infini_attention_backward_prepare_kernel(
         shift = tl.sum(results * gradient.to(tl.float32), 1)
         if (cos is not None) or (states is not None):
             # [BT, BK/2]
-            left = load_clamped(q, q_strides, b, h, first, T, lower, K, BT, BK).to(tl.float32)
-            right = load_clamped(q, q_strides, b, h, first, T, upper, K, BT, BK).to(tl.float32)
+            raw = load_clamped(q, q_strides, b, h, first, T, lower, K, BT, BK)
+            raw2 = load_clamped(q, q_strides, b, h, first, T, upper, K, BT, BK)
         if cos is not None:
+            left, right = raw.to(tl.float32), raw2.to(tl.float32)
             # [BT, BK/2]
             c, s = load_rope(cos, sin, rope_strides, b, first, T, lower, K, BT)
             _store_queries(queries, left * c - right * s, rows, row < end, lower, K)
             c, s = load_rope(cos, sin, rope_strides, b, first, T, upper, K, BT)
             _store_queries(queries, right * c + left * s, rows, row < end, upper, K)
         if states is not None:
-            f, f2 = features(left, a, o), features(right, a, o)
+            f, f2 = features(raw, a, o), features(raw2, a, o)
             weight = tl.maximum(tl.sum(f * z[None, :], 1) + tl.sum(f2 * z2[None, :], 1), eps)
             if BS == BV:
                 answer = tl.sum(f * dot(gradient.to(matrix.dtype), matrix.T, None, PRECISION), 1)

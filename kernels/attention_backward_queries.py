@@ -20,7 +20,7 @@ from newllm.kernels.attention_tiles import (
     tiled,
     two_halves,
 )
-from newllm.kernels.common import LOG2E, cast, dot, memory_dtype, padded, precision
+from newllm.kernels.common import LOG2E, cast, dot, exponential, memory_dtype, padded, precision
 from newllm.kernels.tiles import tiles_of
 
 # Of a memory's matrix in a step.
@@ -119,7 +119,8 @@ def _store_recall_gradient(
     x = load_clamped(q, q_strides, b, h, first, T, element, K, BT, BK).to(tl.float32)
     # [BK]
     z = tl.load(norms + state * K + element, mask=element < K, other=0.0)
-    slope = (slope - pull * z[None, :]) * share * tl.exp2(tl.minimum(x * (a * LOG2E) + o * LOG2E, 0.0))
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    slope = (slope - pull * z[None, :]) * share * exponential(tl.minimum(x * a + o, 0.0), PRECISE)
     if scale is not None:
         tl.store(dfeature + program * 2, tl.sum(slope * x))
         tl.store(dfeature + program * 2 + 1, tl.sum(slope))

@@ -17,7 +17,8 @@ class Attention(NamedTuple):
 
     ``window`` keys back, or the query's own segment when it is None. ``position [B]`` counts a row's
     tokens before this call (None: none), ``length [B]`` its real tokens in it (None: all).
-    ``segmented`` makes query tiles start at segment borders, where the memory changes.
+    ``segmented`` makes query tiles start at segment borders, where the memory changes. ``aligned`` says that
+    all rows begin at such a border, whatever their position.
     """
 
     window: int | None
@@ -25,6 +26,7 @@ class Attention(NamedTuple):
     position: Tensor | None
     length: Tensor | None
     segmented: bool
+    aligned: bool = False
 
     @property
     def reach(self) -> int:
@@ -33,7 +35,8 @@ class Attention(NamedTuple):
 
     def segments(self, tokens: int) -> int:
         """Most segments that ``tokens`` tokens touch."""
-        return -(-(tokens + (0 if self.position is None else self.segment - 1)) // self.segment)
+        behind = 0 if self.position is None or self.aligned else self.segment - 1
+        return -(-(tokens + behind) // self.segment)
 
     def query_tiles(self, tokens: int, rows: int) -> int:
         """Tiles of ``rows`` queries that one head needs."""

@@ -25,7 +25,8 @@ def two_halves(width: int) -> int:
 def tiled(x: Tensor, rows: int, width: int) -> tuple[Tensor | TensorDescriptor, bool]:
     """``x [B, H, T, D]`` for :func:`load_rows` in tiles ``[rows, width]``, and whether as a descriptor."""
     aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-    if x.shape[3] != width or not aligned or not _has_copy_engine(x):
+    # A descriptor cannot describe nothing.
+    if x.shape[3] != width or not aligned or not x.numel() or not _has_copy_engine(x):
         return x, False
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]), True
 

@@ -10,6 +10,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# What float32 cuts off LOG2E, times LN2.
+LOG2E_REST = tl.constexpr(1.334976e-08)
 
 
 @triton.jit
@@ -66,7 +68,17 @@ def features(x, scale, bias):
     """ELU(scale x + bias) + 1 in float32."""
     u = x.to(tl.float32) * scale + bias
     # Not exp(u) - 1 + 1, which cancels; one of the two is constant.
-    return tl.maximum(u, 0.0) + tl.exp2(tl.minimum(u, 0.0) * LOG2E)
+    return tl.maximum(u, 0.0) + exponential(tl.minimum(u, 0.0), x.dtype == tl.float32)
+
+
+@triton.jit
+def exponential(x, PRECISE: tl.constexpr):
+    """e ** x in float32; PRECISE makes good what the rounding of the exponent of two loses."""
+    exponent = x * LOG2E
+    power = tl.exp2(exponent)
+    if PRECISE:
+        power += power * (tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -exponent) * LN2 + x * LOG2E_REST)
+    return power
 
 
 @triton.jit

@@ -14,10 +14,10 @@ from newllm.kernels.attention_layout import Attention, Recall, Rope, learned
 from newllm.kernels.attention_tiles import rows_contiguous
 from newllm.kernels.common import memory_dtype
 from newllm.kernels.memory import Correction, Outgoing, weight_gradient, write, write_backward
-from newllm.kernels.memory_fold_backward import fold_backward
+from newllm.kernels.memory_fold_backward import Gradients, fold_backward
 from newllm.kernels.memory_layout import Layout
 from newllm.kernels.memory_scan import Chain
-from newllm.kernels.rotate import measured_keys, rotated
+from newllm.kernels.rotate import Keys, measured_keys, rotated
 
 
 class Call(Protocol):
@@ -32,7 +32,10 @@ class Call(Protocol):
 
 
 class Inputs(NamedTuple):
-    """q ``[B, H, T, K]``; k, v ``[B, HKV, P + T, ...]``, raw, with the P tokens before the first query."""
+    """q ``[B, H, T, K]``; k, v ``[B, HKV, P + T, ...]``, raw, with the P tokens before the first query.
+
+    ``aligned`` rows begin at a segment border, whatever their position: no earlier token is written then.
+    """
 
     q: Tensor
     k: Tensor
@@ -46,6 +49,7 @@ class Inputs(NamedTuple):
     scale: Tensor | None
     bias: Tensor | None
     weight: Tensor | None
+    aligned: bool = False
 
     @property
     def past(self) -> int:
@@ -55,11 +59,11 @@ class Inputs(NamedTuple):
     def attention(self, call: Call) -> Attention:
         """Which keys the queries see."""
         segmented = self.beta is not None or call.window is None
-        return Attention(call.window, call.segment, self.position, self.length, segmented)
+        return Attention(call.window, call.segment, self.position, self.length, segmented, self.aligned)
 
     def memory(self, call: Call) -> Layout:
         """Which tokens are written."""
-        if self.position is None:
+        if self.position is None or self.aligned:
             return Layout(call.segment, length=self.length)
         past_k, past_v = self.k[:, :, : self.past], self.v[:, :, : self.past]
         return Layout(call.segment, self.position, self.length, past_k, past_v)
@@ -94,76 +98,116 @@ class Slopes(NamedTuple):
 
 def forward(x: Inputs, call: Call) -> tuple[Tensor, Tensor, Chain | None]:
     """One layer over T new tokens: the output, its log-sum-exp and what the memory became."""
-    layout = x.attention(call)
     if x.beta is None:
-        return *attend(x.q, measured_keys(x.k, x.rope), x.v, layout, x.rope), None
+        return *read(x, call, measured_keys(x.k, x.rope), None, None), None
     scale, bias = learned(x.scale, x.bias)
     written = write(
         *x.new(), x.memory(call), scale, bias, matrix=x.matrix, norm=x.norm, weight=x.weight,
         delta=_correction(call), states=memory_dtype(x.q.dtype),
     )  # fmt: skip
-    recall = Recall(written.before, written.norms, _share(x.beta, call.gate), scale, bias, call.eps)
-    return *attend(x.q, measured_keys(x.k, x.rope), x.v, layout, x.rope, recall), written
+    return *read(x, call, measured_keys(x.k, x.rope), written.before, written.norms), written
+
+
+def read(
+    x: Inputs, call: Call, keys: Keys, before: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Window and memory: the output and its log-sum-exp, from rotated keys and memories before segments."""
+    recall = _recall(x, call, before, norms)
+    return attend(x.q, keys, x.v, x.attention(call), x.rope, recall)
+
+
+def _recall(x: Inputs, call: Call, before: Tensor | None, norms: Tensor | None) -> Recall | None:
+    if x.beta is None:
+        return None
+    return Recall(before, norms, _share(x.beta, call.gate), *learned(x.scale, x.bias), call.eps)
+
+
+class Begun(NamedTuple):
+    """A backward pass when what reaches the memories is known, and the window's part is to be done.
+
+    Inputs as the kernels take them, ``dq`` with the rotated queries until it holds their gradient, and the
+    gradients of the memory ``before`` each segment and of its ``norms``, None without memory.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    dq: Tensor
+    recall: Recall | None
+    ready: Prepared
+    before: Tensor | None
+    norms: Tensor | None
+
+
+class ReadSlopes(NamedTuple):
+    """Gradients of what was read; ``asked [2, HKV]`` is the queries' share of scale's and bias's."""
+
+    inputs: Slopes
+    asked: Tensor | None
 
 
 def backward(
     x: Inputs, call: Call, saved: Saved, do: Tensor, dmatrix: Tensor | None, dnorm: Tensor | None
 ) -> Slopes:
     """Gradients from those of the output and of the memory after the call."""
-    layout = x.attention(call)
+    begun = begin_backward(x, call, saved, do)
+    found = finish_backward(x, call, saved, begun)
+    if x.beta is None:
+        return found.inputs
+    assert saved.before is not None
+    k, delta = x.new()[0], _correction(call)
+    gradients = write_backward(
+        k, x.memory(call), saved.before.shape, Outgoing(begun.before, begun.norms, dmatrix, dnorm),
+        *learned(x.scale, x.bias), before=saved.before, norms=saved.norms, delta=delta, reach=call.reach,
+        dtype=memory_dtype(k.dtype),
+    )  # fmt: skip
+    return through_memory(x, call, None if delta is None else saved.norms, gradients, found)
+
+
+def begin_backward(x: Inputs, call: Call, saved: Saved, do: Tensor) -> Begun:
+    """Gradients of the memories that were read, from that of the output."""
     q, k, v, do = (rows_contiguous(each) for each in (x.q, x.k, x.v, do))
     # Rotated queries lie where their gradient will be written: each tile is read last by its own program.
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
-    if x.beta is None:
-        ready = prepare(q, v, saved.out, do, layout, x.rope, None, dq)
-        dk, dv = key_gradients(queries, keys, v, do, saved.lse, ready.delta, layout)
-        rotated(dk, x.rope, dk, back=True)
-        query_gradients(q, queries, keys, v, do, saved.lse, layout, x.rope, None, ready, dq)
-        return Slopes(dq, dk, dv)
-    scale, bias = learned(x.scale, x.bias)
-    share = _share(x.beta, call.gate)
-    recall = Recall(saved.before, saved.norms, share, scale, bias, call.eps)
+    layout, recall = x.attention(call), _recall(x, call, saved.before, saved.norms)
     ready = prepare(q, v, saved.out, do, layout, x.rope, recall, dq)
-    states, norms = recall_gradients(q, do, ready, layout, recall)
-    # Weights that carry the window's share of the output; finite where it has none.
-    local = (1 - share).clamp(min=torch.finfo(torch.float32).tiny)
-    level = saved.lse - local.to(saved.lse.dtype).log2()[:, None]
+    states, norms = (None, None) if recall is None else recall_gradients(q, do, ready, layout, recall)
+    return Begun(q, k, v, do, dq, recall, ready, states, norms)
+
+
+def finish_backward(x: Inputs, call: Call, saved: Saved, begun: Begun) -> ReadSlopes:
+    """Gradients of queries, keys, values and gate through the window and what was read."""
+    q, k, v, do, dq, recall, ready = begun[:7]
+    layout, level = x.attention(call), saved.lse
+    if recall is not None:
+        # Weights that carry the window's share of the output; finite where it has none.
+        local = (1 - recall.gate).clamp(min=torch.finfo(torch.float32).tiny)
+        level = level - local.to(level.dtype).log2()[:, None]
+    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     dk, dv = key_gradients(queries, keys, v, do, level, ready.delta, layout)
     rotated(dk, x.rope, dk, back=True)
     asked = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
-    slopes = Slopes(dq, dk, dv, _gate_slope(share, call.gate, ready))
-    return _through_memory(x, call, saved, Outgoing(states, norms, dmatrix, dnorm), asked, slopes)
+    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready)
+    return ReadSlopes(Slopes(dq, dk, dv, dbeta), asked)
 
 
-def _through_memory(
-    x: Inputs,
-    call: Call,
-    saved: Saved,
-    outgoing: Outgoing,
-    asked: Tensor | None,
-    slopes: Slopes,
+def through_memory(
+    x: Inputs, call: Call, norms: Tensor | None, gradients: Gradients, found: ReadSlopes
 ) -> Slopes:
-    """``slopes`` with what reaches keys, values and the rest through the memory; adds to keys' and values'.
+    """``found`` with what reaches keys, values and the rest through the memory; adds to keys' and values'.
 
-    ``outgoing`` are the gradients of the memory before each segment and after the call, ``asked [2, HKV]``
-    is the queries' share of the gradients of scale and bias.
+    ``gradients`` are those of the memory after each segment, ``norms`` stood before it (delta rule only).
     """
     scale, bias = learned(x.scale, x.bias)
-    layout, (k, v), delta = x.memory(call), x.new(), _correction(call)
-    assert saved.before is not None
-    gradients = write_backward(
-        k, layout, saved.before.shape, outgoing, scale, bias,
-        before=saved.before, norms=saved.norms, delta=delta, reach=call.reach, dtype=memory_dtype(k.dtype),
-    )  # fmt: skip
-    norms = None if delta is None else saved.norms
+    layout, (k, v), slopes = x.memory(call), x.new(), found.inputs
     told = fold_backward(
         k, v, gradients, layout, scale, bias,
         weight=x.weight, norms=norms, eps=call.eps, onto=(slopes.k, slopes.v),
     )  # fmt: skip
     dscale, dbias = told.scale, told.bias
-    if asked is not None and dscale is not None and dbias is not None:
-        dscale, dbias = dscale + asked[0], dbias + asked[1]
+    if found.asked is not None and dscale is not None and dbias is not None:
+        dscale, dbias = dscale + found.asked[0], dbias + found.asked[1]
     return slopes._replace(
         matrix=gradients.initial_matrix,
         norm=gradients.initial_norm,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from newllm.kernels.attention_tiles import softmax_weights
 from newllm.kernels.common import LOG2E, dot, features, padded, wait_for_previous_kernel
 from newllm.kernels.tiles import dependent_launch, tiles_of
 
@@ -31,7 +32,7 @@ def _rotated(left, right, cos, sin, mask, HALF: tl.constexpr):
 @triton.jit
 def _attend(
     q, k, v, keys, values, cos, sin, partial, lse, position, part,
-    q_h, keys_r, values_r, cos_n, sin_n, rope_rows, scale,
+    q_h, keys_r, values_r, cos_n, sin_n, rope_rows,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
     LOCAL: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
     BG: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
@@ -87,17 +88,19 @@ def _attend(
     # The many keys are the rows of the products, the few queries the columns. [BT, BG]
     scores = dot(k_left.to(dtype), tl.trans(q_left.to(dtype)), None, PRECISION)
     scores = dot(k_right.to(dtype), tl.trans(q_right.to(dtype)), scores, PRECISION)
-    scores = tl.where(visible, scores * scale, float("-inf"))
+    scores = tl.where(visible, scores, float("-inf"))
+    FACTOR: tl.constexpr = K**-0.5 * LOG2E
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     # Finite also without a visible key, so that the weights are zero and not NaN.
-    peak = tl.maximum(tl.max(scores, 0), -1e30)
-    weight = tl.exp2(scores - peak[None, :])
+    peak = tl.maximum(tl.max(scores, 0).to(lse.dtype.element_ty) * FACTOR, -1e30)
+    weight = softmax_weights(scores, FACTOR, peak[None, :], PRECISE)
     total = tl.sum(weight, 0)
     some = tl.where(total > 0, total, 1.0)
     # [BV, BG]
     mean = dot(tl.trans(v_tile.to(dtype)), weight.to(dtype), None, PRECISION) / some[None, :]
     out = head * SPLITS + part
     tl.store(partial + out[None, :] * V + column[:, None], mean, mask=(head < G)[None, :] & wide[:, None])
-    tl.store(lse + out, peak + tl.log2(some), mask=head < G)
+    tl.store(lse + out, peak + tl.log2(some.to(lse.dtype.element_ty)), mask=head < G)
 
     # The split that owns the slot stores the new token.
     own = newest // BT == part
@@ -179,7 +182,7 @@ def _infini_decode_split_kernel(
     partial, lse, recalled, after,
     q_b, q_h, k_b, k_h, v_b, v_h, keys_b, keys_h, keys_r, values_b, values_h, values_r,
     matrix_b, matrix_h, matrix_k, norm_b, norm_h, position_b, active_b, cos_b, cos_n, sin_b, sin_n,
-    HKV, rope_rows, scale, eps,
+    HKV, rope_rows, eps,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SPLITS: tl.constexpr, LOCAL: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -209,7 +212,7 @@ def _infini_decode_split_kernel(
         _attend(
             q, k, v, keys, values, cos, sin,
             partial + group * (G * SPLITS * V), lse + group * (G * SPLITS), count, part,
-            q_h, keys_r, values_r, cos_n, sin_n, rope_rows, scale,
+            q_h, keys_r, values_r, cos_n, sin_n, rope_rows,
             G, K, V, R, SPLITS, LOCAL, ROPE, PRECISION, BG, BH, BV, BT,
         )  # fmt: skip
     else:
@@ -263,7 +266,8 @@ def _infini_decode_combine_kernel(
         mask = deep < tl.where(live & (h % G == 0), K, 0)
         # [BK]
         size = tl.load(after + row // G * K + deep, mask=mask, other=0)
-    peak, total = tl.full([1], -1e30, tl.float32), tl.zeros([1], tl.float32)
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
+    peak, total = tl.full([1], -1e30, lse.dtype.element_ty), tl.zeros([1], tl.float32)
     mixed = tl.zeros([BV], tl.float32)
     # What lies there for a paused row is read and thrown away: loads without a mask run side by side.
     for start in range(0, SPLITS, BN):
@@ -275,7 +279,8 @@ def _infini_decode_combine_kernel(
         mean = partial + (row * SPLITS + split[:, None]) * V + column[None, :]
         mean = tl.load(mean, mask=there[:, None] & wide[None, :], other=0)
         higher = tl.maximum(peak, tl.max(level, 0))
-        weight, decay = tl.exp2(level - higher), tl.exp2(peak - higher)
+        weight = softmax_weights(level, 1.0, higher, PRECISE)
+        decay = softmax_weights(peak, 1.0, higher, PRECISE)
         mixed = mixed * decay + tl.sum(mean * weight[:, None], 0)
         total = total * decay + tl.sum(weight, 0)
         peak = higher
@@ -328,7 +333,9 @@ def infini_decode(
     splits = -(-ring // tiles["BT"])
     columns = 0 if matrix is None else -(-value // tiles["BM"])
     out = q.new_empty(batch, heads, 1, value)
-    partial, lse = (q.new_empty(batch, heads, splits, n, dtype=dtype) for n in (value, 1))
+    partial = q.new_empty(batch, heads, splits, value, dtype=dtype)
+    # As in the layer: for float32 its rounding would be the largest error.
+    lse = q.new_empty(batch, heads, splits, dtype=torch.float64 if q.dtype == torch.float32 else dtype)
     recalled, after = None, None
     if matrix is not None:
         recalled = q.new_empty(batch, heads, value, dtype=dtype)
@@ -339,7 +346,7 @@ def infini_decode(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
         *_strides(matrix, 3), *_strides(norm, 2), *_strides(position, 1), *_strides(active, 1),
         *_rope_strides(cos), *_rope_strides(sin),
-        kv_heads, 0 if cos is None else cos.shape[-2], key**-0.5 * LOG2E.value, eps,
+        kv_heads, 0 if cos is None else cos.shape[-2], eps,
         G=group, K=key, V=value, R=ring, S=segment, SPLITS=splits, LOCAL=local, DELTA=delta,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
         BG=padded(group), BH=padded((key + 1) // 2), BK=padded(key), BV=padded(value),

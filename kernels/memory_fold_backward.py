@@ -244,10 +244,9 @@ def fold_backward(
         (dk, dv), (dpast_k, dpast_v) = onto, onto
         rows = past_rows = onto[0].shape[2]
         first = rows - tokens
-    programs = batch * heads * count * -(-layout.segment // CHUNK)
+    chunks = count * -(-layout.segment // CHUNK)
     dscale, dbias = (
-        None if x is None else k.new_empty(batch, heads, programs // (batch * heads), dtype=torch.float32)
-        for x in (scale, bias)
+        None if x is None else k.new_empty(batch, heads, chunks, dtype=torch.float32) for x in (scale, bias)
     )
     sizes = memory_tiles(
         "_memory_fold_backward_kernel",
@@ -259,7 +258,7 @@ def fold_backward(
     # Without a curvature, pointers and strides that are not read.
     curvature = gradients.matrix if gradients.curvature is None else gradients.curvature
     z = gradients.norm if norms is None else norms
-    _memory_fold_backward_kernel[(programs,)](
+    _memory_fold_backward_kernel[(batch * heads * chunks,)](
         k, v, past_k, past_v, scale, bias, layout.position, layout.length, gradients.matrix, gradients.norm,
         contiguous(weight), gradients.curvature, z, contiguous(factor), dk, dv, dpast_k, dpast_v,
         dscale, dbias, eps, *k.stride()[:3], *v.stride()[:3], *gradients.norm.stride()[:3],

@@ -70,7 +70,7 @@ def memory_tiles(kernel: str, device: torch.device, dtype: torch.dtype, *, width
 
 def even_chunk(tokens: int, heads: int) -> int:
     """Tokens of a part when ``tokens`` of each of ``heads`` are cut into parts that fill the device."""
-    parts = max(1, PROGRAMS // heads)
+    parts = max(1, PROGRAMS // max(1, heads))
     return -(-tokens // (64 * parts)) * 64
 
 

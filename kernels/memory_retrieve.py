@@ -132,7 +132,8 @@ def _memory_retrieve_backward_queries_kernel(
         x = load_tokens(q, t0, hi, q_t, 0, K, BT, BK)
         f = features(x, a, c)
         weight = tl.sum(f * z[None, :], 1)
-        inverse = 1 / tl.maximum(weight, eps)
+        # The plain quotient may be off by two units, and squared by four.
+        inverse = tl.div_rn(1.0, tl.maximum(weight, eps))
         y = tl.zeros((BT, BK), tl.float32)
         for part in tl.range(0, parts):
             if parts > 1:

@@ -42,7 +42,7 @@ _ATTENTION: dict[str, ByDevice] = {
     },
     "_infini_attention_backward_keys_kernel": {
         (9, 0): {
-            (64, 2): _attention(64, 64, 4, 2),
+            (64, 2): _attention(64, 64, 4, 3),
             (128, 2): _attention(64, 64, 4, 2),
             (256, 2): _attention(32, 64, 8, 1),
             (128, 4): _attention(32, 32, 4, 1),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, NamedTuple, get_args
@@ -170,6 +170,23 @@ def build_info() -> dict[str, str]:
         "native": _native(),
         "devices": ", ".join(_describe(device) for device in devices()),
     }
+
+
+def unsupported() -> list[str]:
+    """Installed packages outside of the ranges in newllm's own metadata; none known from bare sources."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(text) for text in requires("newllm") or ()]
+    except PackageNotFoundError:
+        return []
+    needed = [each for each in declared if each.marker is None or each.marker.evaluate({"extra": ""})]
+    found = [(each, version_of(each.name)) for each in needed]
+    return [
+        f"{each.name} {has} (supported: {','.join(sorted(map(str, each.specifier), reverse=True))})"
+        for each, has in found
+        if has != "not installed" and not each.specifier.contains(has, prereleases=True)
+    ]
 
 
 def installed(module: str) -> bool:

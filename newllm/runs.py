@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from newllm.files import replace_file
+from newllm.files import read_rows, replace_file, writing
 
 
 class Run:
@@ -46,13 +45,12 @@ class Run:
         """Append one line to ``metrics.jsonl``."""
         if not self.writes:
             return
-        with _told(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; one that was cut off while it was written is left out."""
-        lines = self.metrics.read_text(encoding="utf-8").split("\n") if self.metrics.exists() else []
-        return [json.loads(line) for line in lines[:-1]]
+        return read_rows(self.metrics, dict) if self.metrics.exists() else []
 
     def rewind(self, step: int) -> None:
         """Forget the lines of ``metrics.jsonl`` after ``step``, which will be written again."""
@@ -73,20 +71,9 @@ class Run:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> Path:
         path = self.out / name
-        if not self.writes:
-            return path
-        with _told(path):
+        if self.writes:
             replace_file(path, write)
         return path
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Let a failure to write name ``path``; a full disk does not by itself."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def provenance(seed: int) -> dict[str, Any]:

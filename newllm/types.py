@@ -23,12 +23,17 @@ class FeatureMap(NamedTuple):
     ``[Hkv]``; ``None`` stands for the paper's 1 and 0 (Munkhdalai et al. 2024, eq. 3 ff.).
     ``kind="dpfp"`` is the deterministic parameter-free projection of the given ``order``
     (Schlag et al. 2021, eq. 37).
+
+    ``write [Hkv, K]`` and ``write_bias [Hkv]`` (both or neither) are a write gate: the features of a key
+    count sigmoid(write . k + write_bias) times, those of queries once.
     """
 
     kind: Literal["elu1", "dpfp"] = "elu1"
     scale: Tensor | None = None
     bias: Tensor | None = None
     order: int | None = None
+    write: Tensor | None = None
+    write_bias: Tensor | None = None
 
 
 class MemoryState(NamedTuple):
@@ -49,7 +54,8 @@ class InfiniState(NamedTuple):
     ``matrix [B, Hkv, F, V]`` and ``norm [B, Hkv, F]`` (float32) hold whole segments only; both are
     ``None`` for a layer without memory. ``keys [B, Hkv, R, K]`` and ``values [B, Hkv, R, V]`` are a
     ring of un-rotated projections, a row's token n in slot ``n % R``. ``position [B]`` (int64)
-    counts the row's real tokens.
+    counts the row's real tokens. ``recent [B, taps - 1, C]`` is what a short convolution of ``taps`` taps
+    over C channels read last; the operators leave it alone.
     """
 
     matrix: Tensor | None
@@ -57,12 +63,11 @@ class InfiniState(NamedTuple):
     keys: Tensor
     values: Tensor
     position: Tensor
+    recent: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> InfiniState:
         """The state with ``function`` applied to each tensor it has."""
-        matrix = None if self.matrix is None else function(self.matrix)
-        norm = None if self.norm is None else function(self.norm)
-        return InfiniState(matrix, norm, function(self.keys), function(self.values), function(self.position))
+        return InfiniState(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
         """Size in bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -132,20 +133,10 @@ def _reference(*args: Any, detach: str = "none", bptt_segments: int | None = Non
     return infini.infini_attention(*args, **inputs, bptt_segments=reach)
 
 
-def _without_state_gradient(function: Callable[..., Any], **inputs: Any) -> Any:
-    out, state = function(**inputs)
-    return out, mapped(Tensor.detach, state)
-
-
 def layer(changes: str) -> OpCase:
     """The layer's case with ``changes``, whose only variant is "changed"."""
     made = {"changed": partial(_layer, changes=changes)}
-    public, reference = ops.infini_attention, _reference
-    if "full" in changes:
-        # The reference's state then has no gradient, the kernels' one that is zero.
-        public, reference = (partial(_without_state_gradient, f) for f in (public, reference))
-    case = replace(CASES["infini_attention"], public=public, reference=reference)
-    return replace(case, sizes=SIZES, variants=made)
+    return replace(CASES["infini_attention"], reference=_reference, sizes=SIZES, variants=made)
 
 
 def _window(draw: Draw, changes: str) -> Inputs:
@@ -159,24 +150,62 @@ def window(changes: str) -> OpCase:
     return replace(CASES["window_attention"], sizes=SIZES, variants=made)
 
 
-def judge(case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, **sizes: int) -> None:
-    """Hold the fused operator of a case to the error rule."""
+def judge(
+    case: OpCase, dtype: torch.dtype, device: str, *, seed: int = 0, draws: int = 1, **sizes: int
+) -> None:
+    """Hold the fused operator of a case to the error rule, over so many draws from ``seed`` on."""
     if dtype == torch.float16:
         # Beyond this the reference's own sums leave float16's range.
         most = 10000 // sizes.get("key", 64)
         sizes |= {name: min(n, most) for name, n in sizes.items() if name in ("tokens", "segment", "before")}
-    inputs = case.inputs("changed", dtype, device=device, seed=seed, **sizes)
+    inputs, *others = (
+        case.inputs("changed", dtype, device=device, seed=seed + i, **sizes) for i in range(draws)
+    )
     function = partial(case.public, backend="fused")
-    case.judge(inputs, dtype, function=function, gradients=_has_gradients(inputs, dtype))
+    case.judge(inputs, dtype, function=function, gradients=has_gradients(inputs, dtype), others=others)
 
 
-def _has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:
+def has_gradients(inputs: Inputs, dtype: torch.dtype) -> bool:
     """Whether the error rule can judge the gradients of a call."""
     state = inputs.get("state")
     if dtype != torch.float16 or inputs.get("beta") is None:
         return True
     # A float16 reference divides by eps where the memory is empty: its gradient overflows.
     return state is not None and bool(state.norm.any((1, 2)).all())
+
+
+def in_calls(
+    cuts: tuple[int, ...],
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    padding_mask: Tensor | None = None,
+    backend: str = "fused",
+    decode: bool = False,
+    **inputs: Any,
+) -> Any:
+    """The layer's results from one call for each pair of ``cuts``; with ``decode`` lone tokens by steps."""
+    qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
+    batch, _, tokens, _ = qkv["q"].shape
+    device = qkv["q"].device
+    real = (
+        torch.ones(batch, tokens, dtype=torch.bool, device=device) if padding_mask is None else padding_mask
+    )
+    history = torch.arange(1 - (inputs["window"] or inputs["segment"]), 0, device=device)
+    state, outs = None, []
+    for start, end in pairwise(cuts):
+        index = real[:, start:end].cumsum(1) - 1
+        if state is not None:
+            index = torch.cat([history.expand(batch, -1), index], 1) + state.position[:, None]
+        call: Inputs = {name: x[:, :, start:end] for name, x in qkv.items()} | {"state": state}
+        if rope is not None:
+            call["rope"] = tuple(table[index.clamp(min=0)] for table in rope)
+        if decode and state is not None and end - start == 1:
+            outs.append(ops.infini_decode(**call, **inputs, active=real[:, start], backend=backend))
+            continue
+        mask = {} if padding_mask is None else {"padding_mask": real[:, start:end]}
+        out, state = ops.infini_attention(**call, **mask, **inputs, backend=backend)
+        outs.append(out)
+    return torch.cat(outs, 2), state
 
 
 def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:

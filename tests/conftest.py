@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Read when huggingface_hub is first imported, so it has to be set before any test module is.
@@ -9,11 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from source_tree import ROOT
 
 from newllm import backend
 
@@ -48,6 +51,16 @@ def fused_device(monkeypatch: pytest.MonkeyPatch) -> str:
         if "cuda" in devices:
             monkeypatch.setitem(backend.FUSED, op, devices | {"cpu"})
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    """``csrc/build.py``."""
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

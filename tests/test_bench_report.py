@@ -48,6 +48,8 @@ def test_bars_are_those_that_were_asked_for() -> None:
     assert asked["decode"] == [(8, 5), (1.02, None)]
     assert asked["memory"] == [(0.8, 0.9)]
     assert asked["long"] == [(200, 400)]
+    lengths = [(0.98, None), (1.0, 1.5), (3, 10), (8, 20), (1.0, 1.5)]
+    assert asked["serve"] == [*lengths, (6, 3), (4, None), (20, None)]
     assert {(9, 13), (4.5, 6), (8, 11), (1.0, None), (None, 1.0), (1.2, 1.0), (1.35, 1.15)} == {
         *asked["layer"]
     }
@@ -70,6 +72,9 @@ def standing(bar: bars.Bar, own: dict[str, Any], other: dict[str, Any]) -> tuple
         ("speed", 8, 11, {"ms": 1.0}, {"ms": 4.0}, (4.0, "not met", "not met")),
         ("memory", 1.2, 1.0, {"gib": 2.0}, {"gib": 2.0}, (1.0, "met", "met")),
         ("bandwidth", 0.7, 0.8, {"ms": 4.0, "bytes": 3}, {"ms": 1.0, "bytes": 1}, (0.75, "met", "not met")),
+        ("seconds", 6, 3, {"ms": 4500.0}, {"ms": 4500.0}, (4.5, "met", "not met")),
+        ("ms", 20, None, {"ms": 21.0}, {"ms": 21.0}, (21.0, "not met", "")),
+        ("gib", 4, None, {"gib": 0.5}, {"gib": 0.5}, (0.5, "met", "")),
         ("time", 1.0, None, {"ms": None}, {"ms": 1.0}, (None, "", "")),
     ],
 )  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 
 from newllm import Session, __version__, cli
 from newllm.cli import HELP, main
-from newllm.cli.turns import first_turn, next_turn
+from newllm.data.text import load_text
 from newllm.data.tokenizer import byte_tokenizer
 from newllm.models.files import load_senri, load_tokenizer, save_model
+from newllm.models.turns import Turn, following, opening
 from tests.tiny_models import tiny_base, tiny_senri
 
 Captured = pytest.CaptureFixture[str]
@@ -101,7 +102,8 @@ assert not {"torch", "transformers"} & set(sys.modules)
 def test_failure_is_one_sentence_and_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "newllm", "convert", "none", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    sentence = "newllm: there is no model folder none (a hub id has the form owner/name)\n"
+    form = "a hub id has the form owner/name or owner/name@revision"
+    sentence = f"newllm: there is no model folder none ({form})\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
     assert tree(tmp_path) == set()
 
@@ -206,7 +208,10 @@ def test_convert_takes_presets_and_replaces_when_asked(base: str, capsys: Captur
     words = ["convert", base, "--out", str(out), "--config", "senri-documents", "--memory-layers", "[1]"]
     assert main(words) == 0
     assert load_senri(out).config.segment == 64
-    assert failure(capsys, *words) == f"out {out} is not empty: name another folder, or overwrite it"
+    assert (
+        failure(capsys, *words)
+        == f"out {out} is not empty: name another folder (--out), or replace it (--overwrite)"
+    )
     assert main([*words, "--overwrite", "--segment", "16", "--dtype", "bfloat16"]) == 0
     assert (load_senri(out).config.segment, load_senri(out).dtype) == (16, torch.bfloat16)
 
@@ -288,6 +293,13 @@ def test_generate_reads_files_and_samples_by_its_seed(senri: str, capsys: Captur
     assert outs[0] == outs[1] != outs[2]
 
 
+def test_generate_reads_a_text_by_its_name(senri: str, capsys: Captured) -> None:
+    words = ["--prompt-file", "sentences", "--prompt", "And?", "--max-new-tokens", "1"]
+    assert main(["generate", senri, *words]) == 0
+    read = int(capsys.readouterr().err.split(" tokens read")[0].split()[-1].replace(",", ""))
+    assert read >= len(load_text("sentences").text)
+
+
 def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
         return failure(capsys, "generate", *words)
@@ -296,8 +308,9 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
     assert refused(senri) == refused(senri, "--prompt", "") == nothing
     assert "none.txt" in refused(senri, "--prompt-file", str(tmp_path / "none.txt"))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    assert refused(senri, "--prompt-file", str(tmp_path / "bytes")).startswith("prompt_file ")
-    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri model, got a llama model")
+    not_text = f"the file {tmp_path / 'bytes'} is not UTF-8 text (byte 0)"
+    assert refused(senri, "--prompt-file", str(tmp_path / "bytes")) == not_text
+    assert refused(base, "--prompt", "x").startswith(f"{base} must be a Senri or context model, got a llama")
     assert refused(str(tmp_path), "--prompt", "x") == f"the folder {tmp_path} holds no model (no config.json)"
     assert refused(senri, "--prompt", "x", "--top-p", "2") == "top_p must be above 0 and at most 1, got 2.0"
     assert (
@@ -372,12 +385,12 @@ def test_turns_of_a_template_are_fed_one_by_one() -> None:
         tokenize=False,
         add_generation_prompt=True,
     )
-    first = made.decode(first_turn(made, "Hi"))
-    assert first + "Yes." + next_turn(made, "And?", closed=False) == whole
-    assert first + "Yes.</s>" + next_turn(made, "And?", closed=True) == whole
+    first = made.decode(opening(made, [Turn("user", "Hi")]))
+    assert first + "Yes." + following(made, [Turn("user", "And?")], closed=False) == whole
+    assert first + "Yes.</s>" + following(made, [Turn("user", "And?")], closed=True) == whole
 
 
 def test_turns_without_a_template_are_marked_by_names() -> None:
     made = tokenizer()
-    assert made.decode(first_turn(made, "Hi")) == "Human: Hi\n\nAssistant:"
-    assert next_turn(made, "And?", closed=False) == "\n\nHuman: And?\n\nAssistant:"
+    assert made.decode(opening(made, [Turn("user", "Hi")])) == "Human: Hi\n\nAssistant:"
+    assert following(made, [Turn("user", "And?")], closed=False) == "\n\nHuman: And?\n\nAssistant:"

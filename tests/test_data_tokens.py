@@ -109,7 +109,9 @@ def test_damaged_cache_is_named(tmp_path: Path) -> None:
     cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
     (file,) = (tmp_path / "tokens").glob("*/tokens.npy")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=f"the token cache {file.parent} is damaged"):
+    with pytest.raises(
+        ValueError, match=f"the token cache {file.parent} cannot be read: tokens.npy is damaged: delete it"
+    ):
         cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from newllm.data.passkey import PasskeyTask, batch, byte_passkey, text_passkey
 from newllm.data.tokenizer import KEY_TOKEN, byte_tokenizer
 from newllm.evaluation import passkey
 from newllm.evaluation.control import remove_memories
+from newllm.evaluation.forced import last_logits
 from newllm.evaluation.intervals import mean95, wilson95
 from newllm.evaluation.passkey import cell_generator, passkey_recall, state_bytes
 from newllm.models.session import Session
@@ -142,10 +142,7 @@ def test_depth_keeps_out_of_reach() -> None:
 def test_chunks_give_the_logits_of_one_pass() -> None:
     model = byte_senri().double()
     prompts = batch(byte_passkey(PROSE), length=60, samples=2, generator=cell_generator(0, 60, 0.5))
-    bar = tqdm(disable=True)
-    whole, *cut = (
-        passkey._last_logits(model, prompts.input_ids, 3, chunk, bar) for chunk in (62, 3, 7, 40, 61)
-    )
+    whole, *cut = (last_logits(model, prompts.input_ids, keep=3, chunk=chunk) for chunk in (62, 3, 7, 40, 61))
     with torch.no_grad():
         expected = model(prompts.input_ids, use_cache=False).logits[:, -3:]
     for logits in (whole, *cut):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,17 @@ time.sleep(120)
     other.wait()
     wrong = bash(SHARED, "dolly", "--python", python, "--train.stepz", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr) == (1, "newllm: --train.stepz is no option\n")
+
+
+def test_all_addresses_are_the_repository_of_the_package() -> None:
+    """It moves by one ``sed``: over this folder and ``pyproject.toml``."""
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    raw = repository.replace("//github.com/", "//raw.githubusercontent.com/") + "/main/examples/"
+    for file in EXAMPLES.iterdir():
+        found = re.findall(r"https://[^\s\"\\]+", file.read_text(encoding="utf-8"))
+        assert [one for one in found if one != repository and not one.startswith(raw)] == []
+        assert found, file
 
 
 def test_notebook_runs_existing_scripts_and_is_not_indented() -> None:

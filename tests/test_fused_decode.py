@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 from newllm import ops
 from newllm.ops.infini_decode_fused import infini_decode as contract
 from newllm.reference.infini import empty_state, infini_attention
-from newllm.testing import CASES, assert_no_worse, leaves, mapped
+from newllm.testing import CASES, GPU_DRAWS, Inputs, assert_no_worse, leaves, mapped
 from newllm.types import FeatureMap, InfiniState
+from tests.decode_cases import decode
 
 CASE = CASES["infini_decode"]
 FUSED = partial(ops.infini_decode, backend="fused")
-Inputs = dict[str, Any]
 
 # Row b of a case has seen tokens - batch + b tokens, so the rows differ in phase.
 SMALL = {"batch": 2, "heads": 4, "kv_heads": 2, "tokens": 9, "key": 6, "value": 5, "window": 5, "segment": 4}
@@ -40,30 +39,11 @@ BRIM = {**SMALL, "tokens": 17, "window": 16, "segment": 16}
 SINGLE = {**SMALL, "window": 1, "segment": 1}
 
 
-def changed(name: str, inputs: Inputs) -> Inputs:
-    """The inputs of a case with one thing different."""
-    kv_heads, beta = inputs["k"].shape[1], inputs["beta"]
-    scale = torch.linspace(0.5, 4, kv_heads).to(beta)
-    return {
-        "plain": lambda: {},
-        "tanh": lambda: {"gate": "tanh", "beta": beta / 8, "feature": FeatureMap(scale=scale)},
-        "bias": lambda: {"feature": FeatureMap(bias=-scale), "rule": "delta"},
-        "local": lambda: {"window": None},
-        "no memory": lambda: {"beta": None, "state": inputs["state"]._replace(matrix=None, norm=None)},
-        "no rope": lambda: {"rope": None},
-        "rope by row": lambda: {"rope": tuple(by_row(table, len(inputs["q"])) for table in inputs["rope"])},
-    }[name]()
-
-
-def by_row(table: Tensor, rows: int) -> Tensor:
-    """A table ``[B, N, K]`` whose rows differ, with a row too many at the front."""
-    shifted = [torch.cat([table[:1], table.roll(row, 0)]) for row in range(rows)]
-    return torch.stack(shifted)
-
-
 def judged(sizes: dict[str, int], variant: str, change: str, dtype: torch.dtype, device: str) -> None:
-    inputs = CASE.inputs(variant, dtype, device=device, **sizes)
-    CASE.judge({**inputs, **changed(change, inputs)}, dtype, function=FUSED)
+    case = decode(variant, change)
+    draws = range(GPU_DRAWS[dtype] if device == "cuda" else 1)
+    first, *others = (case.inputs("changed", dtype, device=device, seed=seed, **sizes) for seed in draws)
+    case.judge(first, dtype, function=FUSED, others=others)
 
 
 FEW = [
@@ -152,10 +132,10 @@ def test_only_what_must_change_changes(fused_device: str) -> None:
     """Paused rows keep every bit, others get one slot, one position and, at a border, a memory."""
     inputs = CASE.inputs("linear", torch.float32, device=fused_device, **{**SMALL, "batch": 4, "tokens": 8})
     state, before = inputs["state"], mapped(Tensor.clone, inputs["state"])
-    addresses = [x.data_ptr() for x in state]
+    addresses = [x.data_ptr() for x in state[:5]]
     active = torch.tensor([True, True, False, True], device=fused_device)
     out = FUSED(**inputs, active=active)
-    assert [x.data_ptr() for x in state] == addresses
+    assert [x.data_ptr() for x in state[:5]] == addresses
     assert torch.equal(state.position - before.position, active.long())
     assert not out[2].any()
     assert out[active].all()
@@ -194,7 +174,7 @@ def test_any_strides_will_do(fused_device: str) -> None:
     mine = inputs["state"].map(spread)
     with torch.no_grad():
         assert torch.equal(FUSED(**{**inputs, **scattered, "state": mine}), out)
-    assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(mine[:5], state[:5], strict=True))
 
 
 def spread(x: Tensor) -> Tensor:
@@ -233,7 +213,7 @@ def test_the_contract_holds(fused_device: str) -> None:
         (inputs["beta"], inputs["state"], inputs["rope"]),
         (None, inputs["state"]._replace(matrix=None, norm=None), (None, None)),
     ):
-        tensors = (*qkv, beta, *state, *rope, None, None, inputs["active"])
+        tensors = (*qkv, beta, *state[:5], *rope, None, None, inputs["active"])
         torch.library.opcheck(contract, tensors, options)
 
 
@@ -244,13 +224,13 @@ def test_one_graph_serves_every_token(compiler: str, fused_device: str) -> None:
     compiled: Callable[..., Tensor] = torch.compile(FUSED, fullgraph=True, backend=frames)
     inputs = stream(6, fused_device)
     mine, eager = fresh(inputs), fresh(inputs)
-    addresses = [x.data_ptr() for x in mine]  # type: ignore[union-attr]
+    addresses = [x.data_ptr() for x in mine[:5]]  # type: ignore[union-attr]
     qkv = {name: inputs.pop(name) for name in ("q", "k", "v")}
     with torch.no_grad():
         for t in range(6):
             token = {name: x[:, :, t : t + 1] for name, x in qkv.items()}
             assert torch.equal(compiled(**token, **inputs, state=mine), FUSED(**token, **inputs, state=eager))
-    assert [x.data_ptr() for x in mine] == addresses  # type: ignore[union-attr]
+    assert [x.data_ptr() for x in mine[:5]] == addresses  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(leaves(mine), leaves(eager), strict=True))
     assert mine.norm is not None
     assert mine.norm.any()
@@ -377,7 +357,7 @@ def test_overlapping_kernels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     def run() -> list[Tensor]:
         state = fresh({**qkv, **inputs})
         tokens = [{name: x[:, :, t : t + 1] for name, x in qkv.items()} for t in range(100)]
-        return [*(FUSED(**token, **inputs, state=state) for token in tokens), *state]
+        return [*(FUSED(**token, **inputs, state=state) for token in tokens), *state[:5]]
 
     overlapping = run()
     monkeypatch.setattr(infini_decode, "dependent_launch", lambda device: {"PDL": 0})

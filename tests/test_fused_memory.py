@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,108 +13,12 @@ from newllm import ops
 from newllm.ops import memory_fused as fused
 from newllm.reference import memory as reference
 from newllm.reference.infini import _aligned_segments
-from newllm.testing import CASES, Draw, Inputs, OpCase, leaves, mapped
+from newllm.testing import GPU_DRAWS, Draw, Inputs, OpCase, leaves, mapped
 from newllm.types import FeatureMap, MemoryState
+from tests.memory_cases import EVERY, SIZES, VARIANTS, case_of, filled, judge, key_values, learned
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F32, BF16, F16]
-
-
-def key_values(draw: Draw) -> Inputs:
-    widths = {"k": "key", "v": "value"}
-    return {name: draw.normal("batch", "kv_heads", "tokens", width) for name, width in widths.items()}
-
-
-def learned(draw: Draw) -> Inputs:
-    return {"feature": FeatureMap(scale=draw.normal("kv_heads") + 2, bias=draw.normal("kv_heads"))}
-
-
-def filled(draw: Draw, count: bool = True) -> Inputs:
-    """The memory after thirty earlier tokens a sample."""
-    k, v = draw.normal("batch", "kv_heads", 30, "key"), draw.normal("batch", "kv_heads", 30, "value")
-    state: MemoryState = mapped(Tensor.detach, reference.memory_update(k, v))
-    return {"state": state if count else state._replace(count=None)}
-
-
-def padded(draw: Draw) -> Inputs:
-    return {"padding_mask": draw.mask("batch", "tokens")}
-
-
-def queries(draw: Draw) -> Inputs:
-    return {"q": draw.normal("batch", "heads", "tokens", "key")}
-
-
-def weights(draw: Draw) -> Inputs:
-    count = -(-draw.sizes["tokens"] // draw.sizes["segment"])
-    return {"segment_weight": draw.normal("batch", count).abs()}
-
-
-def segmented(draw: Draw) -> Inputs:
-    return {"segment": draw.sizes["segment"]}
-
-
-def apart(draw: Draw) -> Inputs:
-    """Keys and values that lie in memory as [B, T, H, D], values with gaps between their columns."""
-    k = draw.normal("batch", "tokens", "kv_heads", "key").transpose(1, 2)
-    v = draw.normal("batch", "kv_heads", "tokens", 2 * draw.sizes["value"])[..., ::2]
-    return {"k": k, "v": v}
-
-
-def queries_apart(draw: Draw) -> Inputs:
-    return {"q": draw.normal("batch", "tokens", "heads", 2 * draw.sizes["key"]).transpose(1, 2)[..., ::2]}
-
-
-def made(*parts: Callable[[Draw], Inputs] | Inputs) -> Callable[[Draw], Inputs]:
-    """Inputs put together from parts, of which the later ones win."""
-
-    def make(draw: Draw) -> Inputs:
-        inputs: Inputs = {}
-        for part in parts:
-            inputs |= part(draw) if callable(part) else part
-        return inputs
-
-    return make
-
-
-DELTA = {"rule": "delta"}
-VARIANTS: dict[str, dict[str, Callable[[Draw], Inputs]]] = {
-    "memory_update": {
-        "linear": made(key_values),
-        "delta": made(key_values, filled, learned, DELTA),
-        "1/T": made(key_values, filled, learned, padded, {"scale": "1/T"}),
-        "1/(B*T), delta": made(key_values, filled, padded, DELTA, {"scale": "1/(B*T)"}),
-        "no guard": made(key_values, partial(filled, count=False), DELTA),
-        "empty, delta": made(key_values, learned, DELTA),
-        "strides": made(apart, filled, learned),
-    },
-    "memory_scan": {
-        "linear": made(key_values, segmented),
-        "delta": made(key_values, segmented, filled, learned, padded, DELTA),
-        "weights": made(key_values, segmented, filled, learned, padded, weights),
-        "no guard": made(key_values, segmented, partial(filled, count=False), DELTA),
-        "empty, delta": made(key_values, segmented, learned, DELTA),
-        "strides": made(apart, segmented, filled, DELTA),
-    },
-    "memory_retrieve": {
-        "learned": made(queries, filled, learned),
-        "paper": made(queries, filled),
-        "strides": made(queries_apart, filled),
-    },
-}
-EVERY = [(op, variant) for op, variants in VARIANTS.items() for variant in variants]
-SIZES = {"batch": 2, "heads": 4, "kv_heads": 2, "tokens": 21, "key": 20, "value": 24, "segment": 8}
-
-
-def case_of(op: str) -> OpCase:
-    return replace(CASES[op], sizes=SIZES, variants=VARIANTS[op])
-
-
-def judge(op: str, variant: str, dtype: torch.dtype, device: str, **sizes: int) -> None:
-    case = case_of(op)
-    inputs = case.inputs(variant, dtype, device=device, **sizes)
-    # A float16 reference divides by a clamped weight where its state is empty: its gradient overflows.
-    gradients = dtype != F16 or "empty" not in variant
-    case.judge(inputs, dtype, function=partial(case.public, backend="fused"), gradients=gradients)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +144,19 @@ LAYER = [(delta, *each) for delta in (False, True) for each in ((True, None), (T
 
 
 def judge_layer(
-    delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, device: str, **sizes: int
+    delta: bool,
+    streaming: bool,
+    reach: int | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    draws: int = 1,
+    **sizes: int,
 ) -> None:
     make = partial(layer_inputs, delta=delta, streaming=streaming, reach=reach)
     case = OpCase(layer_kernels, layer_reference, SIZES | sizes, {"layer": make})
-    case.judge(case.inputs("layer", dtype, device=device), dtype)
+    inputs, *others = (case.inputs("layer", dtype, device=device, seed=seed) for seed in range(draws))
+    case.judge(inputs, dtype, others=others)
 
 
 @pytest.mark.parametrize(("delta", "streaming", "reach"), LAYER)
@@ -372,7 +282,7 @@ def test_gpu_fused_memory_obeys_the_error_rule(
         tokens = min(tokens, 2**16 // key)
     # Eight heads: the gradients of scale and bias are one number a head, and the rule compares the largest.
     sizes = {"key": key, "value": value, "tokens": tokens, "segment": min(tokens, 256)}
-    judge(op, variant, dtype, "cuda", kv_heads=8, heads=16, **sizes)
+    judge(op, variant, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, heads=16, **sizes)
 
 
 @pytest.mark.gpu
@@ -384,7 +294,7 @@ def test_gpu_layer_writes_whole_segments(
     delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
 ) -> None:
     sizes = {"key": key, "value": value, "segment": segment, "tokens": 5 * segment + 7}
-    judge_layer(delta, streaming, reach, dtype, "cuda", kv_heads=8, **sizes)
+    judge_layer(delta, streaming, reach, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, **sizes)
 
 
 @pytest.mark.gpu

@@ -203,7 +203,7 @@ def marginal(tokens: int = 400) -> Inputs:
     return {**inputs, "params": params}
 
 
-@pytest.mark.parametrize("tokens", [400, 401, 407])
+@pytest.mark.parametrize("tokens", [2400, 2401, 2407])
 @pytest.mark.parametrize("method", ["block", "auto"])
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
 def test_block_is_sequential_to_within_its_certificate(tokens: int, method: str, tol: float) -> None:
@@ -229,7 +229,7 @@ def test_gradients_of_block_are_those_of_the_recurrence() -> None:
 
 
 def test_what_does_not_contract_is_sequential_or_refused() -> None:
-    inputs = marginal()
+    inputs = marginal(2400)
     expected, _, _ = fused(**inputs, method="sequential")
     for method in ("block", "auto"):
         contexts, _, info = fused(**inputs, method=method)

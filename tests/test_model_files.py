@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import constants, errors
 
 from newllm.data.tokenizer import byte_tokenizer
+from newllm.hub import model_folder
 from newllm.models.files import (
     load_model,
     load_senri,
     load_tokenizer,
-    model_folder,
     save_model,
     written_whole,
 )
@@ -155,7 +155,7 @@ class Hub:
         self.answer, self.visits = answer, [0, 0]
         self.timeouts: list[float] = []
 
-    def model_info(self, name: str, timeout: float) -> None:
+    def model_info(self, name: str, revision: str | None, timeout: float) -> None:
         self.visits[0] += 1
         self.timeouts.append(timeout)
         if self.answer is not None:

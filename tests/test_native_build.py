@@ -18,16 +18,6 @@ from newllm import backend
 built = pytest.mark.skipif(not backend.native(), reason="newllm._C was not built for this installation")
 
 
-@pytest.fixture(scope="module")
-def native() -> ModuleType:
-    """``csrc/build.py``."""
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources, with an extension that an earlier build left."""
@@ -72,7 +62,8 @@ def test_without_a_compiler_the_installation_is_pure(tree: Path) -> None:
 
 @built
 def test_a_failure_of_our_own_sources_is_an_error_with_its_log(tree: Path) -> None:
-    (tree / "csrc" / "cpu_dispatch.cpp").write_text("int broken = nonsense;\n")
+    # All sources include it, so that the first of them fails at once.
+    (tree / "csrc" / "context_sweep.h").write_text("int broken = nonsense;\n")
     done = build(tree)
     assert done.returncode != 0
     assert "newllm._C does not compile" in done.stderr

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: str | Path, cwd: Path, path: tuple[Path, ...] = ()) -> str:
     """Run ``command`` in ``cwd`` with ``path`` as PYTHONPATH; its standard output."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    # What a package holds does not depend on CUDA, whose kernels take minutes to compile.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "NEWLLM_CUDA": "0"}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()

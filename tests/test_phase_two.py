@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -158,3 +159,23 @@ def test_row_50_two_runs_are_equal_to_the_last_bit() -> None:
         train_tokens(model, cache, cache, Phase2Config(epochs=2, batch_size=16))
         found.append(model.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("make", [tiny, slots])
+def test_an_untrained_model_is_hardly_worse_than_a_guess(make: Any) -> None:
+    """Heads drawn as wide as the blocks made a first perplexity of 1e8."""
+    model = make(vocab_size=500, embed_dim=64, initializer_range=0.02)
+    stream = torch.randint(500, (300,), generator=torch.Generator().manual_seed(0))
+    cache = TokenCache(model, stream) if make is tiny else SlotCache(model, stream, torch.tensor([0]))
+    assert evaluate(model, cache)["loss"] < math.log(500) + 0.2
+
+
+def test_cached_contexts_are_exact_for_validation_too() -> None:
+    """Three sweeps from random contexts, the documents' validation contexts, are not the recurrence."""
+    model = tiny()
+    cache, context = TokenCache(model, ids()), torch.zeros(1, 6).double()
+    block: Any = model.model.context_block
+    with torch.no_grad():
+        for place, x in enumerate(model.model.embed(ids())):
+            context = block.step(context, x[None])[-1]
+            close(cache.contexts[0][place], context[0])

@@ -16,7 +16,17 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.models.senri.configuration import default_memory_layers
 from newllm.testing import assert_rounding, largest
-from tests.tiny_models import ADDITIONS, PAD, SIZES, greedy, left_padded, random_tokens, tiny_base, tiny_senri
+from tests.tiny_models import (
+    ADDITIONS,
+    PAD,
+    RECIPES,
+    SIZES,
+    greedy,
+    left_padded,
+    random_tokens,
+    tiny_base,
+    tiny_senri,
+)
 
 LAYERS, WINDOW = 3, 8
 
@@ -47,6 +57,7 @@ def states(cache: Any) -> list[Any]:
         {"rule": "delta"},
         {"rule": "gamma", "feature": "dpfp", "feature_order": 2},
         {"gate": "tanh", "qk_norm": True, "attention_bias": True, "head_dim": 12},
+        *RECIPES,
     ],
     ids=str,
 )
@@ -138,11 +149,11 @@ def test_static_cache_resets_to_the_same_addresses() -> None:
     model, ids = tiny_senri().double(), random_tokens(1, 20)
     cache = StaticCache(model.config, max_cache_len=64)
     first = logits(model, ids, past_key_values=cache)
-    addresses = [tensor.data_ptr() for tensor in states(cache)[0]]
+    addresses = [tensor.data_ptr() for tensor in states(cache)[0] if tensor is not None]
     cache.reset()
     assert_same(logits(model, ids, past_key_values=cache), first)
     assert int(cache.get_seq_length()) == 20
-    assert [tensor.data_ptr() for tensor in states(cache)[0]] == addresses
+    assert [tensor.data_ptr() for tensor in states(cache)[0] if tensor is not None] == addresses
 
 
 def test_copied_cache_is_a_snapshot() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from newllm import Session
 from newllm.data.tokenizer import byte_tokenizer
 from newllm.models import SenriForCausalLM
-from newllm.models.sampling import Sampling
+from newllm.models.sampling import Sampling, choose, controls
 from newllm.models.session import Snapshot
 from newllm.testing import assert_rounding, largest
 from tests.tiny_models import ADDITIONS, VOCABULARY, greedy, random_tokens, tiny_base, tiny_senri
@@ -126,12 +126,15 @@ def test_rows_that_have_ended_are_not_disturbed() -> None:
     model, end = ending_senri(ids)
     rows, more = [ids[0], ids[1, :4], ids[2, :7]], random_tokens(3, 4)
     together = Session(model, batch_size=3)
-    first, second = said(together, rows, 12), said(together, more, 12)
+    first = said(together, rows, 12)
+    kept = together.fork()
+    second = said(together, more, 12)
     assert 2 <= len(first[0]) < 12
     assert max(map(len, first)) > len(first[0])
     for row in range(3):
         alone = Session(model)
         assert said(alone, rows[row], 12) == [first[row]]
+        assert_same_memory(alone, kept, row)
         assert (alone.pending == [end]) == (len(first[row]) < 12)
         assert said(alone, more[row], 12) == [second[row]]
         assert_same_memory(alone, together, row)
@@ -261,7 +264,8 @@ def test_generation_needs_something_to_go_on_from() -> None:
 
 def test_other_models_and_sizes_are_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"model must be a SenriForCausalLM \(see newllm.convert\), got Llama"
+        TypeError,
+        match=r"model must be a SenriForCausalLM \(see newllm.convert\) or a context model, got Llama",
     ):
         Session(tiny_base("llama"))  # type: ignore[arg-type]
     for name in ("batch_size", "chunk"):
@@ -318,6 +322,28 @@ def test_repetition_penalty_holds_back_the_last_fifty_tokens() -> None:
 def penalised(scores: Tensor, penalty: float) -> Tensor:
     """Keskar et al. 2019, section 4.1, as transformers has it for negative scores."""
     return torch.where(scores > 0, scores / penalty, scores * penalty)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "chosen"),
+    [
+        (Sampling(1.0), [1, 1, 2, 2, 0]),
+        (Sampling(1.0, top_k=2), [1, 1, 2, 2, 2]),
+        (Sampling(1.0, top_p=0.6), [1, 1, 2, 2, 2]),
+        (Sampling(1.0, top_p=0.49), [1, 1, 1, 1, 1]),
+        (Sampling(1.0, top_k=2, top_p=0.62), [1, 1, 1, 1, 1]),
+        (Sampling(0.0), [1, 1, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_token_is_where_the_cumulative_probability_passes_the_drawn_number(
+    sampling: Sampling, chosen: list[int]
+) -> None:
+    """Of the best by top_k the likeliest with top_p of their probability: 0.5 / 0.8 is above 0.62."""
+    logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().repeat(5, 1)
+    uniform = torch.tensor([0.0, 0.49, 0.63, 0.79, 0.81], dtype=torch.float64)
+    found = choose(logits, torch.full((5, 1), -1), controls([sampling] * 5, logits), uniform)
+    assert found.tolist() == chosen
 
 
 def test_top_k_and_top_p_of_almost_nothing_are_greedy() -> None:

@@ -89,9 +89,9 @@ def without_a_part(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shortened, "the session file {} is damaged: "),
-        (emptied, "the session file {} is damaged: "),
-        (other_file, "the session file {} is damaged: "),
+        (shortened, "the session file {} cannot be read: "),
+        (emptied, "the session file {} cannot be read: "),
+        (other_file, "the session file {} cannot be read: "),
         (without_a_part, "the session file {} is damaged: it lacks 1.keys"),
         (other_tensors, "{} must be a file of Session.save, got another safetensors file"),
         (Path.unlink, "there is no session file {}"),

@@ -34,12 +34,37 @@ def test_rows_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(sys, "argv", ["train_step", "--tokens", "32", "--seconds", "0.1", "--out", str(out)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train_step", "--tokens", "32", "--seconds", "0.1", "--out", str(out), "--commit", "abc"],
+    )
     train_step.main()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["impl"] for row in rows] == [train_step.SENRI, train_step.WINDOW, train_step.FULL]
     assert len({row["run"] for row in rows}) == 1
+    assert {row["commit"] for row in rows} == {"abc"}
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(32e3 / row["ms"])
         assert row["attention_share"] == pytest.approx(row["attention_ms"] / row["ms"])
     assert "x full attention" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_not_compiled_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forward and backward pass of a model lie in the cache on disk, without a step having run."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tokens, window = 32, 16
+    torch._dynamo.reset()
+    train_step.compile_ahead(train_step.SENRI, tokens, window, checkpointing=False, threads=1)
+    counters.clear()
+    torch._dynamo.reset()
+    model = train_step.models(train_step.TINY, window, window)[train_step.SENRI]
+    ids = torch.randint(256, (1, tokens))
+    train_step.training_step(model, ids, checkpointing=False, backend="inductor")()
+    found = counters["inductor"]
+    assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (2, 0)

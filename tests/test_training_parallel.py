@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +11,19 @@ import torch
 
 from newllm.testing import largest
 from newllm.training.launch import launched_command
+from tests import processes
 from tests.training_parts import SENTENCE, rows
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 def words(folder: Path, name: str, kind: str, *more: str) -> list[str]:
+    """A short training of a small model, in ``folder / name``."""
     text = folder / "text"
     if not text.exists():
         text.mkdir()
         for number in range(12):
             (text / f"{number:02}.txt").write_text(SENTENCE[number:] * (number + 3))
     return [
-        sys.executable, "-m", "newllm.cli", "train", "senri",
+        "train", "senri",
         "--data", str(text), "--out", str(folder / name),
         "--model.hidden-size", "16", "--model.intermediate-size", "32", "--model.window", "8",
         "--stream.kind", kind, "--stream.length", "32", "--stream.rows", "2", "--train.steps", "12",
@@ -40,11 +32,18 @@ def words(folder: Path, name: str, kind: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+def run(folder: Path, words: list[str], size: int = 1) -> None:
+    """``newllm`` with ``words`` in ``size`` processes."""
+    processes.succeeded(processes.command(words, size, folder), folder)
+
+
+def cut(folder: Path, words: list[str], size: int, sign: Path) -> None:
+    """The same, but all are told to stop as soon as there is ``sign``."""
+    started = processes.command(words, size, folder)
+    processes.wait_for(sign, started)
+    for process in started.processes:
+        process.terminate()
+    assert processes.exit_codes(started) == [128 + signal.SIGTERM] * size, (folder / "log").read_text()
 
 
 def curve(out: Path, key: str) -> list[float]:
@@ -53,7 +52,7 @@ def curve(out: Path, key: str) -> list[float]:
 
 def compare_with_one_process(folder: Path, kind: str) -> None:
     run(folder, words(folder, "one", kind, "--train.accumulation", "2"))
-    run(folder, words(folder, "two", kind, "--launch", "2"))
+    run(folder, words(folder, "two", kind), 2)
     for key in ("loss", "eval_loss"):
         one, two = curve(folder / "one", key), curve(folder / "two", key)
         assert len(one) == len(two) == {"loss": 12, "eval_loss": 3}[key]
@@ -71,14 +70,10 @@ def test_two_ranks_read_packed_blocks_in_turns(tmp_path: Path) -> None:
 def test_two_ranks_train_as_one_process_stop_together_and_resume(tmp_path: Path) -> None:
     """As one process with twice the accumulation; SIGTERM reaches both, and they agree on the step."""
     compare_with_one_process(tmp_path, "ordered")
-    command = words(tmp_path, "cut", "ordered", "--launch", "2", "--resume")
-    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stderr=subprocess.DEVNULL) as process:
-        while not (tmp_path / "cut" / "metrics.jsonl").exists() or not rows(tmp_path / "cut"):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+    command = words(tmp_path, "cut", "ordered", "--resume")
+    cut(tmp_path, command, 2, tmp_path / "cut" / "checkpoints" / "checkpoint-5")
     assert not (tmp_path / "cut" / "last").exists()
-    run(tmp_path, command)
+    run(tmp_path, command, 2)
     weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("two", "cut")]
     assert weights[0] == weights[1]
 
@@ -91,7 +86,7 @@ def test_launched_command_is_torchrun() -> None:
     ]  # fmt: skip
 
 
-def _shard(rank: int, folder: str) -> None:
+def _shard(rank: int, size: int, folder: str) -> None:
     """One rank of two: losses of a sharded Senri beside those of a whole one."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -100,7 +95,7 @@ def _shard(rank: int, folder: str) -> None:
     from newllm.training.scratch import scratch_model
     from tests.training_parts import SMALL, stream
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.set_num_threads(1)
     found: list[list[float]] = []
     for sharded in (False, True):
@@ -125,9 +120,7 @@ def _shard(rank: int, folder: str) -> None:
 
 def test_sharded_senri_learns_as_the_whole_one(tmp_path: Path) -> None:
     """FSDP2 on two ranks that read the same batches: the mean of two equal gradients is the gradient."""
-    torch.multiprocessing.spawn(_shard, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        whole, sharded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for whole, sharded in processes.spawned(_shard, 2, tmp_path):
         # A step may pass a rounding error on, three times.
         bound = 64 * torch.finfo(torch.float32).eps * largest(torch.tensor(whole))
         assert max(abs(a - b) for a, b in zip(whole, sharded, strict=True)) <= bound

@@ -6,16 +6,19 @@ import math
 import shutil
 import signal
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from newllm.data.streams import IGNORED
 from newllm.training.best import best_evaluation, stale_evaluations
+from newllm.training.callbacks import Progress, Throughput
 from newllm.training.config import TrainConfig
 from newllm.training.groups import memory_owners, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
@@ -117,12 +120,35 @@ def test_row_65_curves_and_summary(tmp_path: Path) -> None:
     assert perplexity.lines[1].get_ydata()[0] == pytest.approx(math.exp(4.5))
     wild = curves([{"step": s, "loss": 9.0 if s == 1 else 1.0} for s in range(1, 101)])
     assert wild.axes[1].get_ylim()[1] == pytest.approx(1.5 * math.e)
-    page = summary(log, model={"type": "senri"}, data={"read": "austen"}, facts={"seed": 3})
+    page = summary(log, model={"type": "senri"}, data={"read": "austen", "stand_in": None}, facts={"seed": 3})
     for line in (
-        "| type | senri |", "| read | austen |", "| seed | 3 |",
+        "| type | senri |", "| read | austen |", "| stand in | none |", "| seed | 3 |",
         "| best validation loss | 4.5000 at step 10 |", "| last training loss | 3.0000 at step 20 |",
     ):  # fmt: skip
         assert line in page.splitlines()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bar_is_overwritten_on_a_terminal_and_lines_in_a_log(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(Progress, "LOG_SECONDS", 0.0)
+    bar, state = Progress(Throughput()), TrainerState(max_steps=3, is_local_process_zero=True)
+    args, control = TrainingArguments(), TrainerControl()
+    bar.on_train_begin(args, state, control)
+    for state.global_step in (1, 2, 3):
+        bar.on_step_end(args, state, control)
+        bar.on_log(args, state, control, {"loss": 2.0})
+    bar.on_train_end(args, state, control)
+    assert ("\r" in screen.getvalue()) == terminal
+    if not terminal:
+        lines = screen.getvalue().splitlines()
+        assert all(line.startswith("training: ") for line in lines)
+        assert [f"{step}/3 [" in "".join(lines) for step in (1, 2, 3)] == [True] * 3
+        assert "loss=2.000" in lines[-1]
 
 
 # Stopping and going on
@@ -219,7 +245,12 @@ def test_row_64_half_precision(tmp_path: Path) -> None:
         trainer(tmp_path / "fsdp", replace(CONFIG, fsdp=True))
 
 
-def test_compiled_training_learns_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_learns_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: compile_with(m, **{**kw, "backend": backend}))
     config = replace(CONFIG, steps=4, log_steps=1, save_steps=0)
     for name, compiled in (("plain", False), ("compiled", True)):
         trainer(tmp_path / name, replace(config, compile=compiled)).fit()

@@ -127,7 +127,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
     (made.path(10) / "state").mkdir()
     newest, complaints = made.newest()
     assert newest is None
-    assert f"{made.path(10) / 'state'} cannot be read" in complaints[-1]
+    assert complaints[-1].endswith("state is missing")
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, 0)
 

@@ -21,6 +21,8 @@ from transformers import (
 from newllm import InfiniAttention
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules import MemoryFeature, MemoryGate
+from newllm.modules.gate import MemoryDecay
+from newllm.modules.short_conv import ShortConvolution
 
 VOCABULARY = 48
 PAD = 0
@@ -37,6 +39,15 @@ SIZES: dict[str, Any] = {
     # Far from the untrained 0.02: random logits then differ enough for greedy choices to mean something.
     "initializer_range": 0.3,
 }
+# One switch of the recipe each, and those that go together.
+RECIPES: tuple[dict[str, Any], ...] = (
+    {"write_gate": True},
+    {"memory_decay": 0.7},
+    {"short_conv": 4},
+    {"share_memory": True},
+    {"rule": "delta", "write_gate": True, "memory_decay": 0.7, "short_conv": 3},
+    {"share_memory": True, "write_gate": True, "short_conv": 2},
+)
 WIDE_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 # Sums on the longest path through a model: each layer's projections, window of 8, and MLP.
 ADDITIONS = SIZES["num_hidden_layers"] * (4 * SIZES["hidden_size"] + 8 + 2 * SIZES["intermediate_size"])
@@ -79,10 +90,17 @@ def tiny_senri(**overrides: Any) -> SenriForCausalLM:
 
 
 def open_gates(model: Any) -> Any:
-    """``model`` with every head's gate somewhere else, and features that keep many keys apart."""
+    """``model`` with every head's gate somewhere else, and features that keep many keys apart.
+
+    Write gates, decay and short convolutions, where there are any, are as if trained too.
+    """
     for module in model.modules():
-        if isinstance(module, MemoryGate):
+        if isinstance(module, MemoryFeature) and module.write is not None:
+            nn.init.normal_(module.write)
+        if isinstance(module, MemoryGate | MemoryDecay):
             nn.init.normal_(module.weight)
+        elif isinstance(module, ShortConvolution):
+            nn.init.normal_(module.weight, std=0.3)
         elif isinstance(module, MemoryFeature) and module.kind == "elu1":
             nn.init.normal_(module.scale, mean=2.0, std=0.3)
             nn.init.normal_(module.bias, mean=-1.0, std=0.3)

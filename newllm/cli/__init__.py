@@ -26,10 +26,13 @@ from typing import Any, NamedTuple
 HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
     "train": "train a model on any text, with nothing lost",
-    "eval": "perplexity by position, recall of passkeys",
+    "eval": "recall by length and depth, perplexity by position, what memories give",
+    "diagnose": "what contexts do: attractors, rank, identity, convergence; what a memory holds",
+    "scaling": "two-phase models over data, architectures and diversity losses",
     "convert": "give a Llama-family checkpoint a window and a memory",
     "generate": "continue a text",
     "chat": "talk with a model",
+    "serve": "answer many at once over HTTP, as OpenAI's clients ask",
     "data": "texts and models that can be fetched",
     "bench": "times of the operators beside what could be used instead",
     "doctor": "versions, devices, and which implementation each operator takes",
@@ -37,10 +40,14 @@ HELP = {
 
 
 class Command(NamedTuple):
-    """A command: the dataclass of its options, and what it does with them."""
+    """A command: the dataclass of its options, and what it does with them.
+
+    A sub-command with a ``flag`` needs no name: the flag calls it (``newllm eval MODEL --suite ...``).
+    """
 
     options: type[Any]
     run: Callable[[Any], int | None]
+    flag: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,6 +92,10 @@ def _dispatch_below(name: str, commands: dict[str, Command], words: list[str]) -
 
         print(_overview(name, {key: summary(command.options) for key, command in commands.items()}))
         return 0 if words else 2
+    given = {word.partition("=")[0] for word in words}
+    called = next((command for command in commands.values() if command.flag in given), None)
+    if called is not None and words[0] not in commands:
+        return _run(name, called, words)
     key = _known(f"command of {name!r}", words[0], commands)
     return _run(f"{name} {key}", commands[key], words[1:])
 

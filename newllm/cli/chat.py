@@ -90,12 +90,14 @@ def _told(do: Callable[..., None], *arguments: Any) -> None:
 
 
 def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
-    from newllm.cli.turns import feed_with_progress, first_turn, next_turn, reply, show
+    from newllm.cli.turns import feed_with_progress, reply, show
+    from newllm.models.turns import Turn, following, opening
 
     tokenizer: Any = session.tokenizer
+    turns = [Turn("user", text)]
     if session.tokens == [0]:
-        feed_with_progress(session, first_turn(tokenizer, text))
+        feed_with_progress(session, opening(tokenizer, turns))
     else:
         closed = session.pending[0] == tokenizer.eos_token_id
-        session.feed(next_turn(tokenizer, text, closed=closed))
+        session.feed(following(tokenizer, turns, closed=closed))
     show(tokenizer, reply(session, tokens=tokens, sampling=sampling, generator=random))

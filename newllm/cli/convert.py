@@ -25,11 +25,6 @@ class Options(ConvertConfig):
     Args:
         source: folder, hub id, GGUF file, or ``smollm2`` (see ``newllm data get``).
         out: folder to write.
-        window: keys that a query sees.
-        segment: tokens folded into the memory at once (null: the window).
-        memory_layers: layers with a memory (null: two of them, at thirds of the depth).
-        gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
-        rule: how the memory is written.
         dtype: of the weights (auto: the checkpoint's; float32 for GGUF).
         overwrite: replace a folder that exists.
     """
@@ -58,6 +53,10 @@ def run(options: Options) -> None:
         segment=options.segment,
         memory_layers=options.memory_layers,
         gate=options.gate,
+        write_gate=options.write_gate,
+        memory_decay=options.memory_decay,
+        short_conv=options.short_conv,
+        share_memory=options.share_memory,
         rule=options.rule,
     )
     if model.generation_config.eos_token_id is None:
@@ -78,6 +77,7 @@ def _report(base: Any, model: SenriForCausalLM) -> dict[str, str]:
     kinds = sorted({name.split("self_attn.")[-1] for name in added})
     tokens, difference = _compared(base, model)
     return {
+        "base": str(getattr(config, "base_model", None) or base.config.name_or_path),
         "family": f"{base.config.model_type}, {config.num_hidden_layers} layers",
         "parameters": f"{model.num_parameters():,}",
         "window": f"{config.sliding_window} keys, segments of {config.segment}",

@@ -15,7 +15,7 @@ def run(options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from newllm.backend import build_info, explain
+    from newllm.backend import build_info, explain, unsupported
     from newllm.cli.data import corpora_table
 
     console = Console()
@@ -27,3 +27,5 @@ def run(options: Options) -> None:
         operators.add_row(choice.op, choice.device, choice.backend or "fails", choice.reason)
     for table in (versions, operators, corpora_table()):
         console.print(table)
+    for outside in unsupported():
+        console.print(f"not supported: {outside}")

@@ -1,4 +1,4 @@
-"""``newllm eval perplexity`` and ``newllm eval passkey``: what a model's memory is worth."""
+"""``newllm eval``: what a model's memory is worth."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm.cli import Command
+from newllm.cli.eval_harness import HarnessOptions, run as run_harness
+from newllm.cli.eval_memory import MemoryOptions, run as run_memory
+from newllm.cli.eval_recall import SuiteOptions, run as run_suites
+from newllm.cli.eval_report import ReportOptions, run as run_report
 from newllm.cli.loading import Dtype
 
 if TYPE_CHECKING:
@@ -272,6 +276,10 @@ def _memory_line(report: PerplexityReport) -> str:
 
 
 COMMANDS = {
+    "recall": Command(SuiteOptions, run_suites, flag="--suite"),
+    "report": Command(ReportOptions, run_report),
+    "harness": Command(HarnessOptions, run_harness, flag="--harness"),
+    "memory": Command(MemoryOptions, run_memory),
     "perplexity": Command(PerplexityOptions, run_perplexity),
     "passkey": Command(PasskeyOptions, run_passkey),
 }

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from newllm.models.history import HistorySession
     from newllm.models.senri import SenriForCausalLM
     from newllm.models.session import Session
+    from newllm.models.streams import Compile, Model
 
+CompileOption = Literal["auto", "none", "graph", "full"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -24,19 +26,43 @@ def quiet() -> None:
 def load_stream(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> Session | HistorySession:
     """A conversation with the causal model in a folder or of a hub id, of whatever family.
 
-    A Senri keeps a state of constant size, any other model its own cache. Raises as :func:`load`, but for the
-    kind of the model.
+    Senri and context models keep a state of constant size, any other model its own cache. Raises as
+    :func:`load`, but for the kind of the model.
     """
-    from newllm.models.files import load_model, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_model, load_tokenizer
     from newllm.models.history import HistorySession
-    from newllm.models.senri import SenriForCausalLM
     from newllm.models.session import Session
+    from newllm.models.streams import Model
 
     quiet()
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, dtype=dtype).to(checked_device(device)).eval()
-    return (Session if isinstance(loaded, SenriForCausalLM) else HistorySession)(loaded, tokenizer)
+    if isinstance(loaded, Model):
+        return Session(loaded, tokenizer, compile=step_mode("auto", loaded))
+    return HistorySession(loaded, tokenizer)
+
+
+def load_streaming(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[Model, Any]:
+    """A model whose state is of constant size, and its tokenizer, ready to answer.
+
+    Raises as :func:`load`, and ``ValueError`` for a model of another kind.
+    """
+    from newllm.hub import model_folder
+    from newllm.models.files import load_streaming_model, load_tokenizer
+
+    quiet()
+    folder = model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    return load_streaming_model(folder, dtype=dtype).to(checked_device(device)).eval(), tokenizer
+
+
+def step_mode(compile: CompileOption, model: Model) -> Compile:
+    """How ``model`` is stepped: ``auto`` replays a CUDA graph where there can be one."""
+    if compile != "auto":
+        return compile
+    return "graph" if model.device.type == "cuda" and model.config.model_type == "senri" else "none"
 
 
 def load(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[SenriForCausalLM, Any]:
@@ -45,7 +71,8 @@ def load(model: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[Se
     ``device`` ``auto`` is the first accelerator, or else the CPU. Raises as
     ``newllm.models.files.load_senri`` and ``load_tokenizer``, and ``ValueError`` for an unknown device.
     """
-    from newllm.models.files import load_senri, load_tokenizer, model_folder
+    from newllm.hub import model_folder
+    from newllm.models.files import load_senri, load_tokenizer
 
     quiet()
     folder = model_folder(model)

@@ -9,9 +9,10 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from newllm.cli.presets import preset_path
+from newllm.files import one_line, read_yaml
 
 T = TypeVar("T")
 # The flags and keys that every command has besides its own.
@@ -52,25 +53,35 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
 
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=name, description=summary(kind), exit_on_error=False)
+    options = list(_options(kind))
+    parser = ArgumentParser(
+        prog=name, usage=_usage(name, options), description=summary(kind), exit_on_error=False
+    )
     help = "YAML file of options, or the name of a preset (--preset NAME is the same); later flags win"
     parser.add_argument("--config", action=ActionConfigFile, help=help)
-    options = list(_options(kind))
     for option in options:
         _add(parser, option)
     _check_flags(words, options, name)
     words = _with_config_files(words, name)
-    for word, file in pairwise(words):
-        if word == "--config":
-            _check_keys(Path(file), [option.key for option in options])
+    files = [file for word, file in pairwise(words) if word == "--config"]
+    for file in files:
+        _check_keys(Path(file), [option.key for option in options])
     try:
-        found = parser.parse_args(words)
-    except ArgumentError as error:
-        raise ValueError(_sentence(error)) from error
+        options_found: T = _build(kind, parser.parse_args(words))
+    except (ArgumentError, ValueError) as error:
+        read = f" (with the configuration file {', '.join(files)})" if files else ""
+        raise ValueError(f"{_sentence(error)}{read}") from error
     except SystemExit:
         return None
-    options_found: T = _build(kind, found)
     return options_found
+
+
+def _usage(name: str, options: list[Option]) -> str:
+    """What must be given. The list below it has every option: there are too many for a line."""
+    needed = [option for option in options if option.default is MISSING]
+    places = [option.key.upper() for option in needed if not option.field.kw_only]
+    flags = [f"{option.flag} {option.key.upper()}" for option in needed if option.field.kw_only]
+    return " ".join([name, *places, *flags, "[OPTION ...]"])
 
 
 def summary(kind: type[Any]) -> str:
@@ -92,13 +103,16 @@ def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
 
 
 def _described(kind: type[Any]) -> dict[str, str]:
-    """Field -> its text in the docstring's ``Args:``, where several may share a line."""
-    section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(kind) or "", re.MULTILINE | re.DOTALL)
+    """Field -> its text in ``Args:`` of ``kind``'s docstring or a base's; several may share a line."""
     names = "|".join(field.name for field in fields(kind))
-    parts = re.split(rf"(?:^|\. )\s*({names}): ", section[1] if section else "", flags=re.MULTILINE)
-    return {
-        name: " ".join(text.split()).rstrip(".") for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = inspect.cleandoc(base.__doc__ or "")
+        section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+        parts = re.split(rf"(?:^|\. )\s*({names}): ", section[1] if section else "", flags=re.MULTILINE)
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            found[name] = " ".join(text.split()).rstrip(".")
+    return found
 
 
 def _add(parser: Any, option: Option) -> None:
@@ -140,20 +154,15 @@ def _with_config_files(words: list[str], command: str) -> list[str]:
 
 
 def _check_keys(path: Path, known: list[str]) -> None:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the configuration file {path} is no YAML: {error}") from error
+    content = read_yaml(path, "the configuration file")
     if not isinstance(content, Mapping):
         raise ValueError(f"the configuration file {path} must hold 'key: value' lines")
     for key in _dotted(content, known):
         if key not in known:
             near = _nearest(key, known)
-            raise ValueError(f"the configuration file {path} has an unknown key {key!r}{near}")
+            raise ValueError(f"the configuration file {path} has an unknown key {key[:80]!r}{near}")
 
 
 def _dotted(content: Mapping[Any, Any], known: list[str], prefix: str = "") -> Iterator[str]:
@@ -171,15 +180,38 @@ def _nearest(name: str, allowed: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """jsonargparse's complaint on one line, without its names for types."""
-    text = " ".join(str(error).split()).removeprefix("Parser key ")
-    return text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    """jsonargparse's complaint on one line: the option, what is allowed, what came."""
+    text = one_line(error).removeprefix("Parser key ")
+    text = text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    for pattern in _COMPLAINTS:
+        if found := re.fullmatch(pattern, text):
+            key, allowed, got = found.groups()
+            kinds = re.sub(r"Literal\[([^\]]*)\]", r"\1", allowed).split(", ")
+            return f"{key} must be {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, got {got}"
+    return text
 
 
-def _build(kind: Any, found: Any) -> Any:
+# The same once for a type, once for several of which one is to do.
+_COMPLAINTS = (
+    r'"(\S+)": Expected an? (.+)\. Got value: (.*)',
+    r'"(\S+)": .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)',
+)
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+}
+
+
+def _build(kind: Any, found: Any, prefix: str = "") -> Any:
     hints = get_type_hints(kind)
     values = {}
     for field in fields(kind):
-        value, hint = getattr(found, field.name), hints[field.name]
-        values[field.name] = _build(hint, value) if is_dataclass(hint) else value
+        value, hint, key = getattr(found, field.name), hints[field.name], f"{prefix}{field.name}"
+        # A file's null passes for any type.
+        if value is None and type(None) not in get_args(hint):
+            raise ValueError(f"{key} must have a value, got null")
+        values[field.name] = _build(hint, value, f"{key}.") if is_dataclass(hint) else value
     return kind(**values)

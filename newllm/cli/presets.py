@@ -13,11 +13,13 @@ def preset_path(name: str, command: str = "") -> Path:
 
     Raises ``ValueError`` for an unknown one, with the nearest.
     """
-    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    own = f"{command.rpartition(' ')[2]}-{name}"
-    if own in known:
-        return FOLDER / f"{own}.yaml"
-    if name not in known:
+    files = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    prefix = f"{command.rpartition(' ')[2]}-"
+    if f"{prefix}{name}" in files:
+        return FOLDER / f"{prefix}{name}.yaml"
+    if name not in files:
+        # Of several commands' presets the reader wants those of this one.
+        known = [file.removeprefix(prefix) for file in files if file.startswith(prefix)] or files
         near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"preset must be one of {', '.join(known)}, got {name!r}; did you mean {near!r}?")
     return FOLDER / f"{name}.yaml"

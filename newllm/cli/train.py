@@ -1,4 +1,4 @@
-"""``newllm train senri`` and ``newllm train hf``: from any text to a trained model, with nothing lost."""
+"""``newllm train senri``, ``recall`` and ``hf``: from any text to a trained model, with nothing lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from newllm.cli import Command
 from newllm.cli.train_context import COMMANDS as CONTEXT
+from newllm.cli.train_symbols import COMMANDS as SYMBOLS
 from newllm.data.sources import Offline
 from newllm.training.config import (
     ConvertConfig,
@@ -70,6 +71,20 @@ class SenriOptions(CommonOptions):
     base: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+
+
+@dataclass(kw_only=True)
+class RecallOptions(SenriOptions):
+    """Train a small Senri from scratch to find keys at any depth of streams far longer than it is trained on.
+
+    The same as newllm train senri with its needles: --preset million and quick are made for it.
+
+    Args:
+        stream: what batches are made of.
+    """
+
+    out: str = "runs/recall"
+    stream: StreamConfig = field(default_factory=lambda: StreamConfig(kind="needles"))
 
 
 @dataclass
@@ -182,10 +197,12 @@ def _fit(options: Any, make_parts: Any, rank: int, processes: int) -> int:
     config = replace(options.train, lr=rate_for_size(profile.lr, parameters) if lr is None else lr)
     streams = make_streams(
         corpus, tokenizer, options.stream, options.task, config, rows=rows, segment=segment,
-        processes=processes, progress=rank == 0,
+        processes=max(1, processes // config.sequence_ranks), progress=rank == 0,
     )  # fmt: skip
     data = {**corpus.record(), **streams.facts}
     shape = {"type": model.config.model_type, "parameters": parameters}
+    if (base := getattr(model.config, "base_model", None)) is not None:
+        shape["base"] = base
     say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in streams.facts.items()))
     say(f"model: {shape['type']}, {parameters:,} parameters")
     say(f"profile {profile_name}: {rows} rows of {options.stream.length} tokens, lr {config.lr:g}")
@@ -212,16 +229,17 @@ def _record(options: Any, facts: dict[str, Any], rank: int) -> Any:
     """The run's folder; a run that is not resumed loses what lay there."""
     import shutil
 
-    import yaml
-
+    from newllm.files import read_yaml, reading
     from newllm.runs import Run
 
     out = Path(options.out)
     before = out / "config.yaml"
     if options.resume and before.is_file():
-        old = (yaml.safe_load(before.read_text(encoding="utf-8")) or {}).get("data_read", {})
-        for part in ("train", "validation"):
-            if old.get(part, facts["data_read"][part])["sha256"] != facts["data_read"][part]["sha256"]:
+        with reading("the record", before):
+            old = (read_yaml(before, "the record") or {}).get("data_read", {})
+            known = {part: old[part]["sha256"] for part in ("train", "validation") if part in old}
+        for part, digest in known.items():
+            if digest != facts["data_read"][part]["sha256"]:
                 raise ValueError(f"resume needs the same {part} text as before, which was of {old['read']}")
     elif rank == 0 and not options.resume:
         for name in ("checkpoints", "best", "last"):
@@ -246,4 +264,10 @@ def _finish(record: Any, trainer: Any, shape: dict[str, Any], data: dict[str, An
     print(f"the model is in {kept}; {record.metrics}, {record.out / CURVES}, {record.out / SUMMARY}")
 
 
-COMMANDS = {"senri": Command(SenriOptions, run_senri), "hf": Command(HfOptions, run_hf), **CONTEXT}
+COMMANDS = {
+    "senri": Command(SenriOptions, run_senri),
+    "recall": Command(RecallOptions, run_senri),
+    "hf": Command(HfOptions, run_hf),
+    **CONTEXT,
+    **SYMBOLS,
+}

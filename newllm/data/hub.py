@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from newllm.files import replace_file
+from newllm.files import one_line, read_rows, replace_file
+from newllm.hub import SECONDS
 
-_SECONDS = 5.0
 Row = Mapping[str, Any]
 
 
@@ -27,6 +27,13 @@ class HubSet(NamedTuple):
     validation: str | None
     column: str
     read: Callable[[Row], str]
+
+
+class HubTexts(NamedTuple):
+    """Documents of a dataset, and the commit that they are of (None: a mirror does not say)."""
+
+    texts: list[str]
+    revision: str | None
 
 
 class HubSource(NamedTuple):
@@ -127,49 +134,66 @@ def hub_texts(
     *,
     limit: int | None = None,
     subset: str | None = None,
+    revision: str | None = None,
     mirror: Path | str | None = None,
     cache_dir: Path,
-) -> list[str]:
+) -> HubTexts:
     """At most ``limit`` documents of ``split`` of a dataset.
 
-    ``mirror`` is a folder that holds datasets as ``owner/name``; without one, what was read before is taken
-    from ``cache_dir``, then the hub is asked once, then the local cache of ``datasets``.
+    ``revision`` pins the dataset to a commit, tag or branch (None: its newest). ``mirror`` is a folder that
+    holds datasets as ``owner/name``; without one, what was read before is taken from ``cache_dir``, then the
+    hub is asked once, then the local cache of ``datasets``.
 
     Raises ``FileNotFoundError`` where a mirror lacks the dataset, ``ConnectionError`` where the hub cannot be
-    reached and nothing lies here, ``ValueError`` for a dataset that lacks the split or the column.
+    reached and nothing lies here, ``ValueError`` for a dataset that lacks the split or the column, or a copy
+    that is damaged.
     """
     if mirror is not None:
         folder = Path(mirror) / chosen.repo
         if not folder.is_dir():
             raise FileNotFoundError(f"the mirror {mirror} has no folder {chosen.repo}")
-        return _documents(source, chosen, _rows(str(folder), chosen, split, subset), limit)
-    parts = (chosen.config, split, subset, None if limit is None else str(limit))
-    copy = cache_dir / "hub" / chosen.repo.replace("/", "--") / f"{'-'.join(filter(None, parts))}.jsonl"
+        return HubTexts(_documents(source, chosen, _rows(str(folder), chosen, split, subset), limit), None)
+    parts = (chosen.config, split, subset, None if limit is None else str(limit), revision)
+    name = "-".join(filter(None, parts)).replace("/", "--")
+    copy = cache_dir / "hub" / chosen.repo.replace("/", "--") / f"{name}.jsonl"
     if copy.is_file():
-        return [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
-    reached = _hub_answers(chosen.repo)
+        # The first line is the commit, the others are documents.
+        commit, *texts = read_rows(copy, str) or [""]
+        return HubTexts(texts, commit or None)
+    commit = _hub_commit(chosen.repo, revision)
+    reached, pinned = bool(commit), commit or revision
     try:
         with _offline(not reached):
-            texts = _documents(source, chosen, _rows(chosen.repo, chosen, split, subset, reached), limit)
+            rows = _rows(chosen.repo, chosen, split, subset, reached, pinned)
+            texts = _documents(source, chosen, rows, limit)
     except ConnectionError as error:
         if reached:
             raise
         raise ConnectionError("the hub does not answer, and no copy lies on this machine") from error
-    lines = "".join(f"{json.dumps(text)}\n" for text in texts)
+    lines = "".join(f"{json.dumps(text)}\n" for text in (pinned or "", *texts))
     replace_file(copy, lambda file: file.write_text(lines, encoding="utf-8"))
-    return texts
+    return HubTexts(texts, pinned)
 
 
-def _rows(path: str, chosen: HubSet, split: str, subset: str | None, streaming: bool = True) -> Iterator[Row]:
+def _rows(
+    path: str,
+    chosen: HubSet,
+    split: str,
+    subset: str | None,
+    streaming: bool = True,
+    revision: str | None = None,
+) -> Iterator[Row]:
     import datasets
 
     bar = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, chosen.config, split=split, data_dir=subset, streaming=streaming)
+        found = datasets.load_dataset(
+            path, chosen.config, split=split, data_dir=subset, streaming=streaming, revision=revision
+        )
     except (ValueError, FileNotFoundError) as error:
         where = f"the dataset {chosen.repo} has no split {split!r}"
-        raise ValueError(f"{where}{f' in {subset!r}' if subset else ''}: {_brief(error)}") from error
+        raise ValueError(f"{where}{f' in {subset!r}' if subset else ''}: {one_line(error)}") from error
     finally:
         if bar:
             datasets.enable_progress_bars()
@@ -197,16 +221,15 @@ def _documents(source: HubSource, chosen: HubSet, rows: Iterator[Row], limit: in
     return found
 
 
-def _hub_answers(repo: str) -> bool:
-    """Whether the hub, asked once, knows ``repo``."""
+def _hub_commit(repo: str, revision: str | None) -> str:
+    """The commit that ``revision`` of ``repo`` is, by the hub, asked once; empty where it does not say."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of its HTTP client
 
     try:
-        HfApi().dataset_info(repo, timeout=_SECONDS)
+        return HfApi().dataset_info(repo, revision=revision, timeout=SECONDS).sha or ""
     except (HTTPError, OSError):
-        return False
-    return True
+        return ""
 
 
 @contextmanager
@@ -224,7 +247,3 @@ def _offline(wanted: bool) -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

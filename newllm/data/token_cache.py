@@ -15,7 +15,9 @@ import numpy as np
 
 from newllm.data.corpora import default_cache_dir
 from newllm.data.documents import Documents
+from newllm.data.fetch import file_sha256
 from newllm.data.vocabularies import fingerprint
+from newllm.files import one_line, read_json, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,9 +70,12 @@ def cached_tokens(
     root.mkdir(parents=True, exist_ok=True)
     folder = root / key
     with FileLock(str(root / f".{key}.lock")):
+        # Whoever holds the lock is alone: what else lies here was left by a process that was killed.
+        for left in root.glob(f".{key}-*"):
+            shutil.rmtree(left, ignore_errors=True)
         if not folder.is_dir():
             _make(folder, text, tokenizer, end, progress)
-    return _open(folder)
+    return _open(folder, len(text.texts))
 
 
 def _make(
@@ -91,17 +96,19 @@ def _make(
         raw = np.memmap(scratch / "ids", dtype=kind, mode="r")
         np.save(scratch / _FILES[0], raw)
         np.save(scratch / _FILES[1], np.asarray(borders, dtype=np.int64))
+        del raw
         (scratch / "ids").unlink()
         about = {
             "text": text.name,
             "sha256": text.sha256,
             "tokens": borders[-1],
             "documents": len(borders) - 1,
+            "files": {name: file_sha256(scratch / name) for name in _FILES[:2]},
         }
         (scratch / _FILES[2]).write_text(json.dumps(about), encoding="utf-8")
         os.replace(scratch, folder)
     except OSError as error:
-        raise OSError(f"the token cache {folder} could not be written: {error}") from error
+        raise OSError(f"the token cache {folder} could not be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -128,12 +135,18 @@ def _encoded(text: Documents, tokenizer: PreTrainedTokenizerBase, progress: bool
             bar.update(sum(map(len, part)))
 
 
-def _open(folder: Path) -> Tokens:
-    try:
-        ids = np.load(folder / _FILES[0], mmap_mode="r")
-        borders = np.load(folder / _FILES[1])
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"the token cache {folder} is damaged ({error}): delete it") from error
-    if len(ids) != borders[-1]:
-        raise ValueError(f"the token cache {folder} is damaged ({len(ids)} of {borders[-1]} ids): delete it")
-    return Tokens(ids, borders)
+def _open(folder: Path, documents: int) -> Tokens:
+    about = folder / _FILES[2]
+    with reading("the token cache", folder, ": delete it"):
+        hashes = read_json(about)["files"]
+        for name in _FILES[:2]:
+            if file_sha256(folder / name) != hashes[name]:
+                raise ValueError(f"{name} is damaged")
+        ids = np.load(folder / _FILES[0], mmap_mode="r", allow_pickle=False)
+        borders = np.load(folder / _FILES[1], mmap_mode="r", allow_pickle=False)
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"{_FILES[0]} must hold uint16 or uint32 [N], got {ids.dtype} {list(ids.shape)}")
+        whole = borders.shape == (documents + 1,) and borders.dtype == np.int64
+        if not whole or borders[0] != 0 or borders[-1] != len(ids) or np.any(borders[1:] < borders[:-1]):
+            raise ValueError(f"{_FILES[1]} does not divide {len(ids)} ids into {documents} documents")
+    return Tokens(ids, np.array(borders))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from newllm.data.corpora import default_cache_dir
 from newllm.data.documents import Documents
+from newllm.files import reading, replace_file
+from newllm.hub import hub_id, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def open_tokenizer(
     Raises ``ValueError`` for a size that is no number above the special tokens, or no text to train on;
     ``FileNotFoundError`` for a folder or hub id without a tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from newllm.data.tokenizer import byte_tokenizer
 
@@ -82,17 +82,30 @@ def open_tokenizer(
             raise ValueError(f"tokenizer {name!r} needs a text to be trained on")
         file = _trained(kind, _checked_size(name, kind, size), text, cache_dir)
         pad, unk, bos, eos = _SPECIAL
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(file), pad_token=pad, unk_token=unk, bos_token=bos, eos_token=eos,
-            clean_up_tokenization_spaces=False,
-        )  # fmt: skip
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"tokenizer must be {BYTES_NAME}, {', '.join(KINDS)}, a folder or a hub id within reach, "
-            f"got {name!r}"
-        ) from error
+        with reading("the vocabulary", file, ": delete it"):
+            made = PreTrainedTokenizerFast(
+                tokenizer_file=str(file), pad_token=pad, unk_token=unk, bos_token=bos, eos_token=eos,
+                clean_up_tokenization_spaces=False,
+            )  # fmt: skip
+            if sorted(made.get_vocab().values()) != list(range(len(made))):
+                raise ValueError(f"its ids must be 0 to {len(made) - 1}")
+        return made
+    return _of_folder(name)
+
+
+def _of_folder(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if not folder.is_dir():
+        if hub_id(name) is None:
+            raise FileNotFoundError(
+                f"tokenizer must be {BYTES_NAME}, {', '.join(KINDS)}, a folder or a hub id, got {name!r}"
+            )
+        folder = model_folder(name)
+    with reading("the tokenizer", name):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return found
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -120,7 +133,7 @@ def _trained(kind: str, size: int, text: Documents, cache_dir: Path | str | None
         if not file.is_file():
             backend, trainer = KINDS[kind].make(size)
             backend.train_from_iterator(text.texts, trainer, length=len(text.texts))
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                backend.save(f"{scratch}/tokenizer.json")
-                os.replace(f"{scratch}/tokenizer.json", file)
+            # As text: the library's own writing raises bare Exceptions where the disk is full.
+            learnt = backend.to_str(pretty=True)
+            replace_file(file, lambda place: place.write_text(learnt, encoding="utf-8"))
     return file

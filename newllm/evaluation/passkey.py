@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from newllm.data.passkey import PasskeyBatch, PasskeyTask, batch
+from newllm.evaluation.forced import evaluating, last_logits
 from newllm.evaluation.intervals import wilson95
 from newllm.models.senri import SenriForCausalLM
 from newllm.models.session import Session
@@ -66,7 +65,7 @@ def passkey_recall(
     _check(task, lengths, depths, samples, reach, batch_tokens)
     cells = []
     total = sum(length + task.key_length - 1 for length in lengths) * len(depths) * samples
-    with _evaluating(model), tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with evaluating(model), tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
         for length in lengths:
             for depth in depths:
                 bar.set_description(f"recall of {length} tokens, depth {depth:g}")
@@ -110,34 +109,8 @@ def _prompts(
 def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar: tqdm) -> int:
     answers = prompts.answers.to(model.device)
     keep = answers.shape[1]
-    logits = _last_logits(model, prompts.input_ids, keep, max(chunk, keep), bar)
+    logits = last_logits(model, prompts.input_ids, keep=keep, chunk=chunk, on_tokens=bar.update)
     return int((logits.argmax(-1) == answers).all(1).sum())
-
-
-@torch.inference_mode()
-def _last_logits(model: PreTrainedModel, ids: Tensor, keep: int, chunk: int, bar: tqdm) -> Tensor:
-    """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``."""
-    # Without a cache nothing need be kept of prompts that one pass reads.
-    cache = DynamicCache(config=model.config) if ids.shape[1] > chunk else None
-    # The odd piece comes first, so that the last one holds the whole answer.
-    whole, odd = divmod(ids.shape[1], chunk)
-    for part in ids.split([odd] * (odd > 0) + [chunk] * whole, 1):
-        out = model(
-            part.to(model.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep
-        )
-        bar.update(part.numel())
-    logits: Tensor = out.logits
-    return logits
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's blue and vermilion, and a map of one hue: told apart by all eyes, and in grey.
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
+_LINES = (_BLUE, _VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _SHADES = "Blues"
+_WELL = 0.97  # the share that a capacity is read at
 _DARK = 0.6  # scores from here on are written in white
 _MIB = 2**20
 
@@ -78,6 +80,35 @@ def perplexity_figure(report: PerplexityReport) -> Figure:
         axes.grid(alpha=0.3)
     place = (report.window, 0.97)
     upper.annotate(f"  window: {report.window:,}", place, xycoords=("data", "axes fraction"), va="top")
+    return figure
+
+
+def capacity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share of random pairs found again by how many were written, with 95 % intervals, a line a memory."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["memory"] for row in rows))
+    for number, name in enumerate(names):
+        own = sorted((row for row in rows if row["memory"] == name), key=lambda row: row["length"])
+        counts = [row["length"] for row in own]
+        low, high = zip(*(row["ci95"] for row in own), strict=True)
+        color, dash = _LINES[number % len(_LINES)], "-" if number < len(_LINES) else "--"
+        scores = [row["score"] for row in own]
+        axes.plot(counts, scores, label=name, color=color, linestyle=dash, marker="o", markersize=3)
+        axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.axhline(_WELL, color="black", linewidth=1, linestyle=":", label=f"{_WELL:.0%}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["length"] for row in rows}))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(f"pairs in a memory of width {rows[0]['width']}")
+    axes.set_ylabel("share found again")
+    axes.set_ylim(0, 1.03)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", ncols=1 + len(names) // 16)
     return figure
 
 

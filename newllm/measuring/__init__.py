@@ -18,6 +18,7 @@ SUITES = {
     "memory": "memory update, scan and retrieval against a copy of the same bytes",
     "decode": "one token of one layer, after 4K and after 1M tokens",
     "sweep": "context recurrences over whole sequences against loops, LSTM and GRU",
+    "serve": "whole models: decoding, reading, keeping sessions, against a Llama with a static cache",
     "long": "a million tokens in one forward pass against full attention",
 }
 

@@ -40,6 +40,9 @@ MEASURES = {
         lambda own, other: _quotient(_quotient(own.flops, own.ms), own.peak_tflops * 1e9),
     ),
     "step": Measure("us a step", False, lambda own, other: _quotient(own.ms, own.tokens / 1e3)),
+    "seconds": Measure("s", False, lambda own, other: _quotient(own.ms, 1e3)),
+    "ms": Measure("ms", False, lambda own, other: own.ms),
+    "gib": Measure("GiB", False, lambda own, other: own.gib),
     "us": Measure("us", False, lambda own, other: _quotient(own.ms, 1e-3)),
 }
 
@@ -137,6 +140,26 @@ def _loop(impl: str, shape: str, direction: str) -> Key:
     return "context_sweep", impl, "sequential", shape, direction
 
 
+def _serve() -> Iterator[Bar]:
+    def own(shape: str, op: str = "decode", variant: str = "Session") -> Key:
+        return _own(op, variant, shape, FORWARD)
+
+    def llama(shape: str, op: str = "decode") -> Key:
+        return op, "HF Llama", "static cache", shape, FORWARD
+
+    yield Bar("speed", own("B1 1M"), own("B1 4K"), must=0.98)
+    yield Bar("speed", own("B1 4K"), llama("B1 4K"), must=1.0, aim=1.5)
+    yield Bar("speed", own("B1 128K"), llama("B1 128K"), must=3, aim=10)
+    yield Bar("speed", own("B64 32K"), llama("B64 32K"), must=8, aim=20)
+    generated = own("generate 4K", "generate", "static cache")
+    yield Bar("speed", generated, llama("generate 4K", "generate"), must=1.0, aim=1.5)
+    prefill = own("prefill 1M", "prefill", "Session.feed")
+    yield Bar("seconds", prefill, prefill, must=6, aim=3)
+    yield Bar("gib", prefill, prefill, must=4)
+    kept = own("state", "snapshot and restore", "in memory")
+    yield Bar("ms", kept, kept, must=20)
+
+
 _COPY: Key = ("copy", "device copy", "bytes of memory_update", "8B", FORWARD)
 
 BARS = {
@@ -145,6 +168,7 @@ BARS = {
     "memory": (Bar("bandwidth", _own("memory_update", "linear", "8B", FORWARD), _COPY, must=0.8, aim=0.9),),
     "decode": (*_decode(),),
     "sweep": (*_sweep(),),
+    "serve": (*_serve(),),
     "long": (
         Bar(
             "speed",

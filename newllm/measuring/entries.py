@@ -47,7 +47,7 @@ class Entry:
     prepare: Callable[[], Prepared]
     work: Callable[[str], Work]
     directions: tuple[str, ...] = DIRECTIONS
-    judge: Callable[[], None] | None = None
+    judge: Callable[[], object] | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +111,6 @@ def call_of(prepared: Prepared, direction: str) -> Call:
 
 def judged(
     case: OpCase, inputs: Callable[[], Inputs], dtype: torch.dtype, function: Callable[..., Any], learns: bool
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A judgement of ``function`` on ``inputs()`` by the error rule of ``newllm.testing``."""
     return lambda: case.judge(inputs(), dtype, function=function, gradients=learns)

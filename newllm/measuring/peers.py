@@ -19,6 +19,7 @@ from newllm.measuring import work
 from newllm.measuring.entries import Entry, Prepared
 from newllm.measuring.loops import segment_loop
 from newllm.measuring.ours import Site, layer_inputs, qkv
+from newllm.measuring.serving import llama_entries
 from newllm.measuring.shapes import Shape
 from newllm.measuring.sweeping import layer_of_torch_entries, loop_entries
 from newllm.measuring.work import Work
@@ -184,6 +185,7 @@ PEERS = {
     ),
     "lstm": Peer("LSTM", "torch", None, partial(layer_of_torch_entries, kind="LSTM")),
     "gru": Peer("GRU", "torch", None, partial(layer_of_torch_entries, kind="GRU")),
+    "hf-llama": Peer("HF Llama", "transformers", None, llama_entries),
     "compiled-loop": Peer("compiled segment loop", "torch", "cuda", partial(_loop, compiled=True)),
 }
 

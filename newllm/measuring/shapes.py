@@ -70,4 +70,31 @@ SWEEPS: Shapes = {
         _sweep(64, 1, 512, CONVERGENCE),
     ),
 }
+_SERVED = {
+    "cuda": {
+        "B1 4K": (1, 4096),
+        "B1 128K": (1, 2**17),
+        "B1 1M": (1, 2**20),
+        "B64 32K": (64, 2**15),
+        "prefill 1M": (1, 2**20),
+        "state": (1, 4096),
+        "generate 4K": (1, 4096),
+    },
+    "cpu": {
+        "B1 4K": (1, 300),
+        "B1 1M": (1, 3000),
+        "B64 32K": (4, 300),
+        "prefill 1M": (1, 3000),
+        "state": (1, 300),
+        "generate 4K": (1, 300),
+    },
+}
+# Whole models of the shape of SmolLM2-135M; a CPU's small ones stand for the lengths that they are named by.
+SERVES: Shapes = {
+    device: tuple(
+        base._replace(name=name, batch=batch, tokens=tokens)
+        for name, (batch, tokens) in _SERVED[device].items()
+    )
+    for device, base in (("cuda", _SMOLLM), ("cpu", _SMALL))
+}
 LONG: Shapes = {"cuda": (_8B._replace(name="8B 1M", tokens=2**20),), "cpu": (_SMALL._replace(tokens=4096),)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from newllm.measuring import ours, shapes, work
 from newllm.measuring.decoding import decode_entries, full_attention_entries
 from newllm.measuring.entries import Entry, Prepared
 from newllm.measuring.ours import Site
+from newllm.measuring.serving import serve_entries
 from newllm.measuring.shapes import Shape, Shapes
 from newllm.measuring.sweeping import sweep_entries
 
@@ -21,7 +22,8 @@ Maker = Callable[[Shape, Site], Iterator[Entry]]
 class Suite(NamedTuple):
     """Operators of newllm (``ops``) and ``peers`` that suit them, at ``shapes`` by device type.
 
-    All entries of a shape and direction take turns; those of all shapes together, where ``together``.
+    All entries of a shape and direction take turns; where ``together``, also those of its neighbours whose
+    names begin with the same word.
     ``seconds`` and ``rounds`` (least, most) bound the time of each such group; before it each is called
     ``warm_calls`` times, and once more to see the memory it takes.
     """
@@ -80,6 +82,9 @@ SUITES = {
         rounds=(5, 50),
         warm_calls=1,
     ),
+    "serve": Suite(
+        (), shapes.SERVES, (serve_entries,), ("hf-llama",), together=True, rounds=(3, 20), warm_calls=1
+    ),
     "long": Suite(
         ("infini_attention",), shapes.LONG, (_long,), ("sdpa",), seconds=2, rounds=(1, 20), warm_calls=0
     ),
@@ -101,7 +106,8 @@ def groups(
     makers = (*suite.makers, *peers.values())
     entries = [[*chain.from_iterable(make(shape, site) for make in makers)] for shape in wanted]
     if suite.together:
-        entries = [[*chain.from_iterable(entries)]]
+        alike = groupby(zip(wanted, entries, strict=True), key=lambda pair: pair[0].name.split()[0])
+        entries = [[*chain.from_iterable(found for _, found in pairs)] for _, pairs in alike]
     found = [
         (direction, [entry for entry in group if direction in entry.directions])
         for group in entries

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from newllm.models.files import load_model, load_tokenizer, one_line
+from newllm.files import reading
+from newllm.models.files import load_model, load_tokenizer
 from newllm.models.senri import SenriConfig, SenriForCausalLM
 
 
@@ -88,12 +89,28 @@ def load_base_tokenizer(path: str | Path) -> Any:
 
 
 def _read_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
+    """``auto.from_pretrained`` of a GGUF file.
+
+    Raises ``RuntimeError`` without the package gguf, ``ValueError`` for a file that cannot be read.
+    """
+    options |= {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
-        return auto.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+        with reading("the GGUF file", gguf):
+            _check_blocks(gguf)
+            return auto.from_pretrained(str(gguf.parent), **options)
     except ImportError as error:
         raise RuntimeError("reading GGUF files needs the package gguf: pip install gguf") from error
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"the GGUF file {gguf} cannot be read: {one_line(error)}") from error
+
+
+def _check_blocks(gguf: Path) -> None:
+    """Raise ``ValueError`` unless there are at most as many layers as tensors: all would be given names."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    kind = reader.fields["general.architecture"].contents()
+    layers = reader.fields[f"{kind}.block_count"].contents()
+    if not 0 < int(layers) <= len(reader.tensors):
+        raise ValueError(f"it holds {len(reader.tensors)} tensors for {layers} layers")
 
 
 def gguf_file(path: str | Path) -> Path | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from newllm.files import read_json, reading
 from newllm.models.files import written_whole
 from newllm.models.sampling import RECENT_TOKENS, Sampling, next_token
 from newllm.models.session_input import token_rows
@@ -96,25 +97,33 @@ class HistorySession:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no session file {path}")
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            read, pending = [int(token) for token in content["read"]], int(content["pending"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no conversation: {error}") from error
+        with reading("the conversation", path):
+            content = read_json(Path(path), "the conversation")
+            read, pending = content["read"], content["pending"]
+            self._check(read, pending)
         self.reset()
         if read:
             self._read(read)
         self._pending = pending
+
+    def _check(self, read: list[int], pending: int) -> None:
+        size = self.model.config.vocab_size
+        for token in (*read, *([] if pending == -1 else [pending])):
+            if type(token) is not int or not 0 <= token < size:
+                raise ValueError(f"tokens must be from 0 to {size - 1}, got {ascii(token)[:40]}")
+        self._check_length(len(read))
+
+    def _check_length(self, total: int) -> None:
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and total > most:
+            raise ValueError(f"the conversation has {total} tokens, the model reads {most}: reset it")
 
     def _behind(self) -> list[int]:
         return [self._pending] if self._pending >= 0 else []
 
     @torch.no_grad()
     def _read(self, ids: list[int]) -> None:
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most is not None and len(self._ids) + len(ids) > most:
-            total = len(self._ids) + len(ids)
-            raise ValueError(f"the conversation has {total} tokens, the model reads {most}: reset it")
+        self._check_length(len(self._ids) + len(ids))
         for part in torch.tensor([ids], device=self.model.device).split(_CHUNK, 1):
             out = self.model(input_ids=part, past_key_values=self._cache, use_cache=True)
             self._logits = out.logits[:, -1].float()

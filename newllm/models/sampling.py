@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,28 @@ class Sampling:
                 raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+class Controls(NamedTuple):
+    """``Sampling`` of each row as tensors ``[B]``; see ``controls``."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    repetition_penalty: Tensor
+
+
+def controls(rows: Sequence[Sampling], like: Tensor) -> Controls:
+    """The tensors of ``rows``, in the dtype and on the device of ``like``."""
+    most = torch.iinfo(torch.int64).max
+    columns = (
+        [row.temperature for row in rows],
+        [most if row.top_k is None else row.top_k for row in rows],
+        [1.0 if row.top_p is None else row.top_p for row in rows],
+        [row.repetition_penalty for row in rows],
+    )
+    dtypes = (like.dtype, torch.int64, like.dtype, like.dtype)
+    return Controls(*(torch.tensor(c, dtype=d).to(like.device) for c, d in zip(columns, dtypes, strict=True)))
+
+
 def generator(seed: int | None, device: torch.device) -> torch.Generator:
     """A source of random numbers on ``device``, another one each time when ``seed`` is None."""
     made = torch.Generator(device)
@@ -46,30 +70,56 @@ def generator(seed: int | None, device: torch.device) -> torch.Generator:
     return made
 
 
+def ends_of(model: Any) -> Tensor:
+    """The end-of-text tokens ``[E]`` of ``model``, on its device."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return torch.tensor(ends, dtype=torch.int64, device=model.device)
+
+
 def next_token(
     logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more.
+    """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more, all rows by one ``sampling``.
 
     ``recent [B, N]`` are the last tokens read, -1 standing for none.
     """
-    from transformers import generation
-
-    scores = _penalised(logits, recent, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return scores.argmax(-1)
-    steps = generation.LogitsProcessorList([generation.TemperatureLogitsWarper(float(sampling.temperature))])
-    if sampling.top_k is not None:
-        steps.append(generation.TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p is not None:
-        steps.append(generation.TopPLogitsWarper(sampling.top_p))
-    return torch.multinomial(steps(recent, scores).softmax(-1), 1, generator=generator)[:, 0]
+        if sampling.repetition_penalty != 1:
+            penalty = logits.new_full((len(logits),), sampling.repetition_penalty)
+            logits = penalised(logits, recent, penalty)
+        return logits.argmax(-1)
+    device = logits.device if generator is None else generator.device
+    uniform = torch.rand(len(logits), generator=generator, device=device).to(logits)
+    return choose(logits, recent, controls([sampling] * len(logits), logits), uniform)
 
 
-def _penalised(logits: Tensor, recent: Tensor, penalty: float) -> Tensor:
-    if penalty == 1.0:
-        return logits
+def choose(logits: Tensor, recent: Tensor, controls: Controls, uniform: Tensor) -> Tensor:
+    """Tokens ``[B]`` int64, each row by its own controls and its own number of ``uniform [B]`` in [0, 1).
+
+    Of the tokens in order of their probability, the one at which the cumulative probability passes
+    ``uniform``; so a row's choice does not depend on its mates.
+    """
+    scores = penalised(logits, recent, controls.repetition_penalty)
+    greedy = scores.argmax(-1)
+    heat = torch.where(controls.temperature > 0, controls.temperature, 1)[:, None]
+    values, order = (scores / heat).sort(descending=True, stable=True)
+    ranks = torch.arange(values.shape[1], device=values.device)
+    shares = values.masked_fill(ranks >= controls.top_k[:, None], -torch.inf).softmax(-1)
+    before = shares.cumsum(-1) - shares
+    # The first always stays.
+    kept = (before < controls.top_p[:, None]) | (ranks == 0)
+    mass = shares.masked_fill(~kept, 0).cumsum(-1)
+    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+    # Rounding may put the drawn number on the total: the last token that has a share is meant.
+    place = torch.minimum(place, (mass < mass[:, -1:]).sum(1, keepdim=True))
+    return torch.where(controls.temperature > 0, order.gather(1, place)[:, 0], greedy)
+
+
+def penalised(logits: Tensor, recent: Tensor, penalty: Tensor) -> Tensor:
+    """``logits`` with ``recent [B, N]`` tokens made less likely by ``penalty [B]``."""
     # One column more than the vocabulary takes the places where nothing was said yet.
     used = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
     used = used.scatter(1, recent % used.shape[1], True)[:, :-1]
-    return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    factor = penalty[:, None]
+    return torch.where(used, torch.where(logits > 0, logits / factor, logits * factor), logits)

@@ -2,110 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
-from newllm.models.sampling import RECENT_TOKENS, Sampling, next_token
-from newllm.models.senri.modeling import SenriForCausalLM
-from newllm.models.session_input import Input, token_rows
-from newllm.modules.cache import cache_layer
-from newllm.types import InfiniState
+from newllm.models.sampling import Sampling, ends_of, next_token
+from newllm.models.session_input import Input, pieces, token_rows
+from newllm.models.stepping import Fetched
+from newllm.models.streams import Compile, Model, Snapshot, Streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Logits of a large vocabulary are made for so many tokens at a time.
 _SCORED_AT_ONCE = 256
-
-
-class Snapshot(NamedTuple):
-    """All that a session remembers; keep it as long as you like, restore it as often as you like.
-
-    ``states`` per layer and ``hidden [B, hidden_size]`` after the last token (None before the first),
-    ``pending [B]`` tokens that were sampled but not yet read (-1: none), ``recent [B, <= 50]`` tokens (-1:
-    none).
-    """
-
-    states: tuple[InfiniState | None, ...]
-    hidden: Tensor | None
-    pending: Tensor
-    recent: Tensor
+# Most tokens of one pass where nothing else is said: of each row on a CPU, of all together elsewhere.
+_CHUNK, _CHUNK_ELSEWHERE = 1024, 16384
 
 
 class Session:
     """One stream per row, read and continued call after call.
 
-    The state is of constant size and positions are relative, so a stream may go on for ever. Rows of a
-    batch are independent: each stops on its own and is not disturbed by its mates.
+    The state is of constant size and positions are relative, so a stream may go on for ever. (That of a
+    Context-KV model is only with its ``max_contexts``.) Rows of a batch are independent: each stops on its
+    own and is not disturbed by its mates.
 
     Args:
-        model: a ``SenriForCausalLM``.
+        model: a Senri, Context LM or Context-KV model.
         tokenizer: needed for text; ids go without.
         batch_size: streams side by side.
-        chunk: most tokens of one pass.
+        chunk: most tokens of one pass, per row (None: 1,024 on a CPU, elsewhere 16,384 shared by the rows).
+        compile: how a step is run, see ``Streams``.
 
     Raises:
-        TypeError: for another kind of model. ValueError: for sizes below 1.
+        TypeError: for another kind of model. ValueError: for sizes below 1, and as ``Streams``.
     """
 
     def __init__(
         self,
-        model: SenriForCausalLM,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 1,
-        chunk: int = 1024,
+        chunk: int | None = None,
+        compile: Compile = "none",
     ) -> None:
-        if not isinstance(model, SenriForCausalLM):
-            raise TypeError(
-                f"model must be a SenriForCausalLM (see newllm.convert), got {type(model).__name__}"
-            )
+        if chunk is None:
+            shared = model.device.type != "cpu"
+            chunk = max(1, _CHUNK_ELSEWHERE // max(1, batch_size)) if shared else _CHUNK
         for name, value in (("batch_size", batch_size), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self._streams = Streams(model, batch_size, compile=compile)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.chunk = batch_size, chunk
-        self.reset()
+        self._ends = ends_of(model)
 
     def reset(self) -> None:
         """Forget everything."""
-        device = self.model.device
-        self._cache = DynamicCache(config=self.model.config)
-        self._hidden: Tensor | None = None
-        self._pending = torch.full((self.batch_size,), -1, dtype=torch.int64, device=device)
-        self._recent = self._pending[:, None].expand(-1, RECENT_TOKENS)
+        self._streams.reset()
 
     @property
     def tokens(self) -> list[int]:
         """Tokens read so far, per row."""
-        state = self._states()[0]
-        return [0] * self.batch_size if state is None else state.position.tolist()
+        return self._streams.positions()
 
     @property
     def pending(self) -> list[int]:
         """Per row, the token that was generated last and is read by the next call; -1 where there is none."""
-        return list(self._pending.tolist())
+        return list(self._streams.pending.tolist())
 
     @property
     def state_bytes(self) -> int:
         """Bytes of all layers' states; the same at every length, zero before the first token."""
-        return sum(state.nbytes() for state in self._states() if state is not None)
+        return sum(state.nbytes() for state in self._streams.states if state is not None)
 
-    def feed(self, text: Input) -> None:
+    def feed(self, text: Input | Iterator[str], *, progress: Callable[[int], object] | None = None) -> None:
         """Read ``text``: a string, token ids, or one of either per row (``[B, T]`` tensors too).
 
+        For a session of one row also an iterator of strings, such as an open file, which is never in memory
+        as a whole; its words must not be cut. ``progress`` is told how many tokens each pass has read.
+
         Raises ``ValueError`` for another number of rows, ids outside the vocabulary, or text without a
-        tokenizer; nothing has been read then.
+        tokenizer; nothing has been read then (of an iterator: nothing of that string).
         """
-        rows = self._rows(text)
-        for _ in self._read(self._behind_pending(rows)):
-            pass
+        for part in pieces(text) if isinstance(text, Iterator) else (text,):
+            rows = self._rows(part)
+            for ids, _, _ in self._read(self._behind_pending(rows)):
+                if progress is not None:
+                    progress(ids.shape[1])
 
     def score(self, text: Input) -> Tensor:
         """Read ``text`` and return each token's negative log-likelihood in nats, ``[T]`` (float32 or more).
@@ -118,7 +107,7 @@ class Session:
             raise ValueError(f"score needs a session of batch_size 1, got {self.batch_size}")
         rows = self._rows(text)
         self._read_pending()
-        losses = [torch.zeros(0, device=self._pending.device)]
+        losses = [torch.zeros(0, device=self.model.device)]
         for ids, hidden, before in self._read(rows):
             if before is None:
                 losses.append(torch.full((1,), torch.nan, device=ids.device))
@@ -126,9 +115,8 @@ class Session:
             else:
                 predicting, targets = torch.cat([before, hidden[0, :-1]]), ids[0]
             parts = zip(predicting.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
-            losses += [
-                F.cross_entropy(self._logits(part), target, reduction="none") for part, target in parts
-            ]
+            for part, target in parts:
+                losses.append(F.cross_entropy(self._streams.logits(part), target, reduction="none"))
         return torch.cat(losses)
 
     def generate(
@@ -165,7 +153,8 @@ class Session:
     ) -> Iterator[Tensor]:
         """As ``generate``, token by token: ``[B]`` ids, -1 in rows that have ended.
 
-        The prompt is read when the first token is asked for. Stopping early leaves the session in order.
+        The prompt is read when the first token is asked for. Tokens come on the CPU, each while the device
+        reads it already. Stopping early leaves the session in order.
 
         Raises as ``feed``, and ``ValueError`` when a row has not read anything yet.
         """
@@ -175,49 +164,46 @@ class Session:
             self._read_pending()
         else:
             self.feed(prompt)
-        if self._hidden is None or 0 in self.tokens:
+        streams = self._streams
+        if 0 in self.tokens:
             raise ValueError("prompt must hold a token for each row that has not read anything, got none")
-        ends = self._ends()
-        active = torch.ones(self.batch_size, dtype=torch.bool, device=self._pending.device)
-        for step in range(max_new_tokens):
-            logits = self._logits(self._hidden)
-            tokens = next_token(logits, self._recent, sampling or Sampling(), generator)
+        active = torch.ones_like(streams.pending, dtype=torch.bool)
+        logits = streams.logits()
+        for left in reversed(range(max_new_tokens)):
+            tokens = next_token(logits, streams.recent, sampling or Sampling(), generator)
             # Sampled, not read: a token is read by the next step, or by the next turn.
-            self._pending = torch.where(active, tokens, self._pending)
-            active = active & ~torch.isin(tokens, ends)
-            yield torch.where(active, tokens, -1)
-            if not active.any():
+            streams.pending.copy_(torch.where(active, tokens, streams.pending))
+            active = active & ~(tokens[:, None] == self._ends).any(1)
+            said = Fetched(torch.where(active, tokens, -1))
+            if left and said.may(lambda ids: int(ids.max()) >= 0):
+                logits = streams.step(tokens, active)
+                streams.pending.masked_fill_(active, -1)
+            yield said.get()
+            if int(said.get().max()) < 0:
                 return
-            if step + 1 < max_new_tokens:
-                self._advance(self._pending[:, None], active[:, None])
-                self._pending = torch.where(active, -1, self._pending)
 
     def snapshot(self) -> Snapshot:
-        """A copy of all that the session remembers."""
-        return _copied(Snapshot(self._states(), self._hidden, self._pending, self._recent))
+        """A copy of all that the session remembers; ``snapshot().row(1)`` is one of its rows."""
+        return self._streams.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from ``snapshot``.
 
         Raises ``ValueError`` when it is of another batch size or of a model of another shape.
         """
-        config = self.model.config
-        if len(snapshot.states) != config.num_hidden_layers:
-            raise ValueError(
-                f"snapshot must hold {config.num_hidden_layers} layers, got {len(snapshot.states)}"
-            )
-        if len(snapshot.pending) != self.batch_size:
-            raise ValueError(f"snapshot must hold {self.batch_size} rows, got {len(snapshot.pending)}")
-        ring = config.sliding_window or config.segment
-        shape = (self.batch_size, config.num_key_value_heads, ring, config.head_dim)
-        for state in snapshot.states:
-            if state is not None and state.keys.shape != shape:
-                raise ValueError(f"snapshot must hold keys of shape {shape}, got {tuple(state.keys.shape)}")
-        self.reset()
-        states, self._hidden, self._pending, self._recent = _copied(snapshot)
-        for index, state in enumerate(states):
-            if state is not None:
-                cache_layer(self._cache, index).write(state, int(state.position.max()))
+        self._streams.restore(snapshot)
+
+    def fork(self) -> Session:
+        """Another session that goes on from here, apart from this one."""
+        twin = Session(
+            self.model,
+            self.tokenizer,
+            batch_size=self.batch_size,
+            chunk=self.chunk,
+            compile=self._streams.compile,
+        )
+        twin.restore(self.snapshot())
+        return twin
 
     def save(self, path: str | Path) -> None:
         """Write the session to a safetensors file, whole or not at all."""
@@ -235,15 +221,6 @@ class Session:
 
         self.restore(read_snapshot(Path(path), self.model))
 
-    def _states(self) -> tuple[InfiniState | None, ...]:
-        layers = range(self.model.config.num_hidden_layers)
-        return tuple(cache_layer(self._cache, index).read(self.batch_size) for index in layers)
-
-    def _ends(self) -> Tensor:
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        return torch.tensor(ends, dtype=torch.int64, device=self._pending.device)
-
     def _rows(self, text: Input) -> list[Tensor]:
         return token_rows(text, self.tokenizer, self.batch_size, self.model.config.vocab_size)
 
@@ -253,7 +230,8 @@ class Session:
 
     def _behind_pending(self, rows: list[Tensor]) -> list[Tensor]:
         """``rows``, each behind the token that its stream still has to read."""
-        pending, self._pending = self.pending, torch.full_like(self._pending, -1)
+        pending = self.pending
+        self._streams.pending.fill_(-1)
         return [
             torch.cat([torch.tensor([token] if token >= 0 else [], dtype=torch.int64), row])
             for token, row in zip(pending, rows, strict=True)
@@ -264,43 +242,14 @@ class Session:
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         real = torch.arange(ids.shape[1]) < lengths[:, None]
+        streams, device = self._streams, self.model.device
         for start in range(0, ids.shape[1], self.chunk):
             part = slice(start, start + self.chunk)
-            device = self._pending.device
-            tokens, mask, before = ids[:, part].to(device), real[:, part].to(device), self._hidden
-            yield tokens, self._advance(tokens, mask), before
-
-    @torch.no_grad()
-    def _advance(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Read ``tokens [B, T]`` where they are ``real``; hidden states ``[B, T, hidden_size]``."""
-        out = self.model.model(tokens, attention_mask=real, past_key_values=self._cache, use_cache=True)
-        hidden: Tensor = out.last_hidden_state
-        last = (real.sum(1) - 1).clamp(min=0)
-        latest = hidden[torch.arange(len(last), device=last.device), last]
-        if self._hidden is not None:
-            latest = torch.where(real.any(1)[:, None], latest, self._hidden)
-        self._hidden = latest
-        self._recent = _latest(self._recent, tokens, real)
-        return hidden
-
-    @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.lm_head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-    """The last of ``recent`` and the real ones of ``tokens``, oldest first."""
-    joined = torch.cat([recent, tokens.masked_fill(~real, -1)], 1)
-    kept = torch.cat([torch.ones_like(recent, dtype=torch.bool), real], 1)
-    order = kept.to(torch.int8).argsort(dim=1, stable=True)
-    return joined.gather(1, order)[:, -recent.shape[1] :]
-
-
-def _copied(snapshot: Snapshot) -> Snapshot:
-    return Snapshot(
-        tuple(None if state is None else state.map(torch.clone) for state in snapshot.states),
-        None if snapshot.hidden is None else snapshot.hidden.clone(),
-        snapshot.pending.clone(),
-        snapshot.recent.clone(),
-    )
+            tokens, mask = ids[:, part].to(device), real[:, part].to(device)
+            before = streams.hidden.clone() if streams.started else None
+            if ids.shape[1] == 1 and before is not None:
+                # As a step, for which there may be a graph: what was said last is read so before each turn.
+                streams.step(tokens[:, 0], mask[:, 0])
+                yield tokens, streams.hidden[:, None], before
+            else:
+                yield tokens, streams.read(tokens, mask), before

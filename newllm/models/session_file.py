@@ -4,89 +4,175 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from newllm.files import read_row, reading
 from newllm.models.files import written_whole
 from newllm.models.senri.modeling import SenriForCausalLM
-from newllm.models.session import Snapshot
-from newllm.types import InfiniState
+from newllm.models.streams import Model, Snapshot, State, Streams
+from newllm.types import ContextState, InfiniState
 
-# Fields of the configuration that must agree between a session's writer and its reader.
-_SHAPING = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "segment",
-    "memory_layers",
-    "rule",
-    "feature",
-    "feature_order",
-    "vocab_size",
-)
+# Fields of the configuration that must agree between a session's writer and its reader, by kind of model.
+_SHAPING = {
+    "senri": (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "sliding_window",
+        "segment",
+        "memory_layers",
+        "rule",
+        "feature",
+        "feature_order",
+        "short_conv",
+        "share_memory",
+        "vocab_size",
+    ),
+    "context_lm": ("cell", "embed_dim", "context_dim", "num_hidden_layers", "input_tokens", "vocab_size"),
+    "context_kv": ("embed_dim", "context_dims", "chunk_size", "slot_kind", "max_contexts", "vocab_size"),
+}
+# What a session holds before its first token, and the least that an entry may be: -1 is no token.
+_ALWAYS = {"pending": -1, "recent": -1}
+_SLOTTED = ("0.keys", "0.values", "0.slots")
+_KEY = "newllm_session"
+# The weights that states are made with, by parts of their names.
+_STATE_WEIGHTS = ("k_proj", "short_conv", "recurrent", "context_block", "attention.")
 
 
-def write_snapshot(snapshot: Snapshot, model: SenriForCausalLM, path: Path) -> None:
+def write_snapshot(snapshot: Snapshot, model: Model, path: Path) -> None:
     """Write ``snapshot`` to ``path``, whole or not at all."""
+    metadata = {_KEY: json.dumps(_identity(model))}
+    tensors = {name: tensor.contiguous() for name, tensor in _named(snapshot).items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_snapshot(path: Path, model: Model) -> Snapshot:
+    """The snapshot in ``path``, on the device of ``model``, of which every tensor is what the model makes.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` for a damaged file or one of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no session file {path}")
+    with reading("the session file", path), safe_open(path, "pt", device=str(model.device)) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
+    if _KEY not in metadata:
+        raise ValueError(f"{path} must be a file of Session.save, got another safetensors file")
+    written = read_row(metadata[_KEY], f"the session file {path}", dict)
+    for name, value in _identity(model).items():
+        if written.get(name) != value:
+            raise ValueError(
+                f"the session file {path} is of another model: {name} must be {value}, "
+                f"got {str(written.get(name))[:80]}"
+            )
+    wrong = _damage(tensors, model)
+    if wrong is not None:
+        raise ValueError(f"the session file {path} is damaged: {wrong}")
+    kind = InfiniState if isinstance(model, SenriForCausalLM) else ContextState
+    layers = model.config.num_hidden_layers if kind is InfiniState else 1
+    states = tuple(_state(kind, tensors, layer) for layer in range(layers))
+    return Snapshot(states, tensors.get("hidden"), tensors["pending"], tensors["recent"])
+
+
+def tokens_in(path: Path) -> int:
+    """Tokens that the one-row session in ``path`` has read, without loading the rest.
+
+    Raises ``ValueError`` for a damaged file.
+    """
+    with reading("the session file", path), safe_open(path, "pt") as file:
+        names = file.keys()
+        return int(file.get_tensor("0.position")[0]) if "0.position" in names else 0
+
+
+def _named(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The tensors of a snapshot by their names in a file."""
     tensors = {"pending": snapshot.pending, "recent": snapshot.recent}
     if snapshot.hidden is not None:
         tensors["hidden"] = snapshot.hidden
     for layer, state in enumerate(snapshot.states):
         fields = {} if state is None else state._asdict()
         tensors |= {f"{layer}.{name}": tensor for name, tensor in fields.items() if tensor is not None}
-    metadata = {"newllm_session": json.dumps({**_identity(model), "tensors": sorted(tensors)})}
-    with written_whole(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    return tensors
 
 
-def read_snapshot(path: Path, model: SenriForCausalLM) -> Snapshot:
-    """The snapshot in ``path``, on the device of ``model``.
-
-    Raises ``FileNotFoundError``, or ``ValueError`` for a damaged file or one of another model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no session file {path}")
-    try:
-        with safe_open(path, "pt", device=str(model.device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
-    except SafetensorError as error:
-        raise ValueError(f"the session file {path} is damaged: {error}") from error
-    if "newllm_session" not in metadata:
-        raise ValueError(f"{path} must be a file of Session.save, got another safetensors file")
-    written = json.loads(metadata["newllm_session"])
-    for name, value in _identity(model).items():
-        if written.get(name) != value:
-            raise ValueError(
-                f"the session file {path} is of another model: {name} must be {value}, "
-                f"got {written.get(name)}"
-            )
-    lacking = [name for name in written["tensors"] if name not in tensors]
-    if lacking:
-        raise ValueError(f"the session file {path} is damaged: it lacks {lacking[0]}")
-    states = tuple(_state(tensors, layer) for layer in range(model.config.num_hidden_layers))
-    return Snapshot(states, tensors.get("hidden"), tensors["pending"], tensors["recent"])
-
-
-def _state(tensors: dict[str, Tensor], layer: int) -> InfiniState | None:
+def _state(kind: Any, tensors: dict[str, Tensor], layer: int) -> State | None:
     if f"{layer}.position" not in tensors:
         return None
-    fields: dict[str, Any] = {name: tensors.get(f"{layer}.{name}") for name in InfiniState._fields}
-    return InfiniState(**fields)
+    state: State = kind(**{name: tensors.get(f"{layer}.{name}") for name in kind._fields})
+    return state
 
 
-def _identity(model: SenriForCausalLM) -> dict[str, Any]:
-    """What must agree: sizes, dtype, and the weights that make keys, by their hash."""
-    weights = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if "k_proj" in name:
-            weights.update(weight.detach().float().cpu().numpy().tobytes())
-    sizes = {name: getattr(model.config, name) for name in _SHAPING}
-    return {**sizes, "dtype": str(model.dtype), "weights": weights.hexdigest()[:16]}
+def _damage(tensors: Mapping[str, Tensor], model: Model) -> str | None:
+    """In what the tensors of a file differ from those that ``model`` makes, None if in nothing."""
+    expected = _expected(model)
+    if tensors.keys() <= _ALWAYS.keys():
+        expected = {name: expected[name] for name in _ALWAYS}
+    if lacking := sorted(expected.keys() - tensors.keys()):
+        return f"it lacks {lacking[0]}"
+    if strange := sorted(tensors.keys() - expected.keys()):
+        return f"it holds {ascii(strange[0])[:80]}"
+    rows = len(tensors["pending"]) if tensors["pending"].ndim else 0
+    # The slots of a Context-KV model grow, those of all rows together.
+    slots = [tensor.shape[1] for name, tensor in tensors.items() if name == "0.slots" and tensor.ndim == 2]
+    for name, like in expected.items():
+        shape = [rows, *like.shape[1:]]
+        if slots and name in _SLOTTED:
+            shape[1] = slots[0]
+        found = tensors[name]
+        if rows < 1 or list(found.shape) != shape or found.dtype != like.dtype:
+            return f"{name} must be {like.dtype} {shape}, got {found.dtype} {list(found.shape)}"
+        least, most = _ALWAYS.get(name, 0 if name.endswith("position") else -1), 2**62
+        if name in _ALWAYS:
+            most = model.config.vocab_size - 1
+        if found.is_floating_point() and not bool(found.isfinite().all()):
+            return f"{name} must be finite"
+        if not found.is_floating_point() and bool(((found < least) | (found > most)).any()):
+            return f"{name} must be from {least} to {most}"
+    return None
+
+
+# What identifies a model until its weights change: hashing them takes longer than writing a state.
+_KNOWN: WeakKeyDictionary[Model, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What must agree: sizes, dtype, and the weights that make states, by their hash."""
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if any(part in name for part in _STATE_WEIGHTS) and "lm_head" not in name
+    }
+    unchanged = tuple((weight.data_ptr(), weight._version) for weight in weights.values())
+    known = _KNOWN.get(model)
+    if known is None or known[0] != unchanged:
+        hashed = hashlib.sha256()
+        for weight in weights.values():
+            hashed.update(weight.detach().float().cpu().numpy().tobytes())
+        sizes = {name: getattr(model.config, name) for name in _SHAPING[model.config.model_type]}
+        found = {**sizes, "dtype": str(model.dtype), "weights": hashed.hexdigest()[:16]}
+        known = _KNOWN[model] = (unchanged, found)
+    return known[1]
+
+
+_MADE: WeakKeyDictionary[Model, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def _expected(model: Model) -> dict[str, Tensor]:
+    """One-row tensors without content, of the names, shapes and dtypes that a session of ``model`` has."""
+    if model not in _MADE:
+        streams = Streams(model, 1)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        streams.read(one, torch.ones_like(one, dtype=torch.bool))
+        _MADE[model] = {name: tensor.to("meta") for name, tensor in _named(streams.take(0)).items()}
+    return _MADE[model]

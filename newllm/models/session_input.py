@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Characters that are tokenized together when a text comes in pieces.
+_PIECE = 2**16
 
 Row = str | Sequence[int] | Tensor
 Input = Row | Sequence[Row]
@@ -31,6 +34,19 @@ def token_rows(
     if len(rows) != batch_size:
         raise ValueError(f"text must hold {batch_size} rows, one per stream, got {len(rows)}")
     return [_ids(row, tokenizer, vocab_size - 1) for row in rows]
+
+
+def pieces(text: Iterator[str]) -> Iterator[str]:
+    """The strings of ``text``, small ones joined."""
+    held: list[str] = []
+    length = 0
+    for part in text:
+        held.append(part)
+        length += len(part)
+        if length >= _PIECE:
+            yield "".join(held)
+            held, length = [], 0
+    yield "".join(held)
 
 
 def _ids(row: Row, tokenizer: PreTrainedTokenizerBase | None, last: int) -> Tensor:

@@ -15,8 +15,10 @@ from newllm.types import ContextState, InfiniState
 class InfiniCacheLayer(CacheLayerMixin):
     """Holds an ``InfiniState`` of constant size and moves it with every batch operation.
 
-    ``static`` keeps the tensors' addresses, for compiled decoding. Under gradients any state is replaced
-    rather than overwritten, so that backward still finds what forward used.
+    ``static`` keeps the tensors' addresses, for compiled decoding and CUDA graphs. Under gradients any state
+    is replaced rather than overwritten, so that backward still finds what forward used. ``counted`` is what
+    transformers' own ``generate()`` asks for: tokens are counted, and Dynamo is told of the addresses; each
+    count is a kernel, which others do without.
     """
 
     is_croppable = False
@@ -24,10 +26,12 @@ class InfiniCacheLayer(CacheLayerMixin):
     is_sliding = "neither"  # type: ignore[assignment]
     supports_early_init = False
 
-    def __init__(self, static: bool = False) -> None:
+    def __init__(self, static: bool = False, counted: bool = True) -> None:
         super().__init__()
-        self.is_compileable = static
+        self.is_compileable, self._counted = static, counted
         self.state: InfiniState | None = None
+        # Where a static layer that was reset will put its next state.
+        self._home: InfiniState | None = None
         # A tensor when static: a Python number would recompile the graph at every token.
         self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
 
@@ -47,20 +51,23 @@ class InfiniCacheLayer(CacheLayerMixin):
         """Keep ``state``, which is ``tokens`` tokens ahead of the one read."""
         if not self.is_compileable or torch.is_grad_enabled():
             self.state = state
-        elif self.state is None:
-            self._allocate(state)
         else:
+            if self.state is None:
+                fits = self._home is not None and self._home.position.shape == state.position.shape
+                self.state, self._home = self._home if fits else self._allocated(state), None
             self._overwrite(state)
-        self.cumulative_length += tokens
+        if self._counted:
+            self.cumulative_length += tokens
         self.is_initialized = True
 
-    def _allocate(self, state: InfiniState) -> None:
-        self.state = state.map(lambda tensor: tensor.detach().clone())
+    def _allocated(self, state: InfiniState) -> InfiniState:
+        made = state.map(torch.empty_like)
         self.cumulative_length = self.cumulative_length.to(state.position.device)  # type: ignore[union-attr]
-        if not torch.compiler.is_compiling():
-            for tensor in (*self.state, self.cumulative_length):
+        if self._counted and not torch.compiler.is_compiling():
+            for tensor in (*made, self.cumulative_length):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
+        return made
 
     def _overwrite(self, state: InfiniState) -> None:
         assert self.state is not None
@@ -90,12 +97,12 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; a static layer keeps its addresses."""
-        if not self.is_compileable:
-            self.state, self.cumulative_length, self.is_initialized = None, 0, False
-            return
-        for tensor in (*(self.state or ()), self.cumulative_length):
-            if isinstance(tensor, Tensor):
-                tensor.zero_()
+        self._home = self.state if self.is_compileable else None
+        self.state, self.is_initialized = None, False
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.zero_()
+        else:
+            self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams take their memory along."""

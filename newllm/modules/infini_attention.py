@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from newllm import ops
-from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.gate import MemoryDecay, MemoryFeature, MemoryGate
 from newllm.modules.norm import RMSNorm
 from newllm.modules.rotary import Rotary
+from newllm.modules.short_conv import ShortConvolution
 from newllm.types import Detach, GateKind, InfiniState, Rule
 
 if TYPE_CHECKING:
@@ -33,13 +35,17 @@ class InfiniAttention(nn.Module):
         gate, rule, eps, detach, bptt_segments: see ``newllm.ops.infini_attention``.
         feature: ``elu1`` with initial ``feature_scale`` and ``feature_bias``, or ``dpfp`` with
             ``feature_order``.
+        write_gate: learn, from its key, how much a token counts in the memory.
+        decay: share of itself that the memory first keeps when a segment is written, learned per key/value
+            head (None: all of it, always).
+        short_conv: taps of a causal convolution over q and k of a layer with a memory (None: none).
         rope_theta: base of this module's own rotary tables; None leaves position embedding to the
             ``position_embeddings`` argument of ``forward``.
         bias, out_bias: biases of the q, k, v and of the output projection.
         qk_norm: eps of RMSNorms of q and k heads (Qwen3); None has none.
 
     Raises:
-        ValueError: for head counts that do not divide, or ``segment > window``.
+        ValueError: for head counts that do not divide, ``segment > window``, decay outside 0 to 1, one tap.
     """
 
     def __init__(
@@ -58,6 +64,9 @@ class InfiniAttention(nn.Module):
         feature_scale: float = 4.0,
         feature_bias: float = -4.0,
         feature_order: int = 1,
+        write_gate: bool = False,
+        decay: float | None = None,
+        short_conv: int | None = None,
         eps: float = 1e-6,
         detach: Detach = "none",
         bptt_segments: int | None = None,
@@ -81,6 +90,8 @@ class InfiniAttention(nn.Module):
         self.window, self.segment = window, segment
         self.rule, self.eps = rule, eps
         self.detach, self.bptt_segments = detach, bptt_segments
+        # What attends over whole sequences and chunks; one sliced over many devices takes another.
+        self.attend: Callable[..., tuple[Tensor, InfiniState]] = ops.infini_attention
         self.layer_idx: int | None = None
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
@@ -90,11 +101,15 @@ class InfiniAttention(nn.Module):
         self.k_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
         self.rotary = None if rope_theta is None else Rotary.from_theta(self.head_dim, rope_theta)
         self.memory_gate = MemoryGate(num_heads, gate) if memory else None
+        gated = self.head_dim if write_gate else None
         self.memory_feature = (
-            MemoryFeature(num_kv_heads, feature, feature_scale, feature_bias, feature_order)
+            MemoryFeature(num_kv_heads, feature, feature_scale, feature_bias, feature_order, gated)
             if memory
             else None
         )
+        self.memory_decay = MemoryDecay(num_kv_heads, decay) if memory and decay is not None else None
+        channels = (num_heads + num_kv_heads) * self.head_dim
+        self.short_conv = ShortConvolution(channels, short_conv) if memory and short_conv else None
 
     @classmethod
     def from_attention(
@@ -183,7 +198,8 @@ class InfiniAttention(nn.Module):
             layer = cache_layer(past_key_values, self.layer_idx)
             state, seen = layer.read(batch), layer.get_seq_length()
             in_place = tokens == 1 and state is not None and not torch.is_grad_enabled()
-        q, k, v = self._project(hidden_states)
+        padding = padding_mask(attention_mask, tokens, seen)
+        q, k, v, recent = self._project(hidden_states, state, padding)
         options: dict[str, Any] = {
             "window": self.window,
             "segment": self.segment,
@@ -195,12 +211,15 @@ class InfiniAttention(nn.Module):
         if self.memory_gate is not None and self.memory_feature is not None:
             beta = self.memory_gate()
             options |= {"gate": self.memory_gate.kind, "feature": self.memory_feature()}
-        padding = padding_mask(attention_mask, tokens, seen)
+            if self.memory_decay is not None:
+                options["decay"] = self.memory_decay()
         if in_place and state is not None:
             active = None if padding is None else padding[:, 0]
             out = ops.infini_decode(q, k, v, beta, state, active=active, **options)
+            if recent is not None and state.recent is not None:
+                state.recent.copy_(recent)
         else:
-            out, state = ops.infini_attention(
+            out, state = self.attend(
                 q,
                 k,
                 v,
@@ -212,24 +231,39 @@ class InfiniAttention(nn.Module):
                 padding_mask=padding,
                 **options,
             )
+            state = state._replace(recent=recent)
         if layer is not None:
             layer.write(state, tokens)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), state
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def _project(
+        self, x: Tensor, state: InfiniState | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k and v ``[B, H, T, K]``, and what the short convolution has read last."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        recent = None
+        if self.short_conv is not None:
+            if state is not None and state.recent is None:
+                raise ValueError(
+                    "state.recent must be a tensor for a layer with a short convolution, got None"
+                )
+            joined, recent = self.short_conv(
+                torch.cat([q, k], -1), None if state is None else state.recent, padding
+            )
+            q, k = joined.split([q.shape[-1], k.shape[-1]], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), recent
 
     def _rope(
         self, given: tuple[Tensor, Tensor] | None, tokens: int, state: InfiniState | None, like: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:
             return given
-        return self.rotary(rope_rows(tokens, self.window or self.segment, state is not None), like)
+        ring = self.window or self.segment
+        table = self.rotary.kept if tokens == 1 and state is not None else self.rotary
+        return table(rope_rows(tokens, ring, state is not None), like)
 
 
 def rope_rows(tokens: int, ring: int, continued: bool) -> int:

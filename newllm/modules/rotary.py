@@ -19,6 +19,7 @@ class Rotary:
     def __init__(self, inverse_frequencies: Sequence[float], scaling: float = 1.0) -> None:
         self.inverse_frequencies = tuple(inverse_frequencies)
         self.scaling = scaling
+        self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def from_theta(cls, width: int, theta: float = 10000.0) -> Rotary:
@@ -34,3 +35,18 @@ class Rotary:
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         return cos.to(like.dtype), sin.to(like.dtype)
+
+    def kept(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, made once: decoding reads one table for ever, at one address.
+
+        Compiled code that finds none makes one of its own: a table that it kept would be the graph's.
+        """
+        key = (rows, like.dtype, like.device)
+        if key in self._kept:
+            return self._kept[key]
+        if torch.compiler.is_compiling():
+            return self(rows, like)
+        # Not an inference tensor: those cannot be used everywhere later.
+        with torch.inference_mode(False):
+            self._kept[key] = self(rows, like)
+        return self._kept[key]

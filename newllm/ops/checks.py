@@ -103,6 +103,7 @@ def feature(feature: FeatureMap | None, heads: int, like: Tensor) -> None:
     if feature is None:
         return
     choice("feature.kind", feature.kind, ("elu1", "dpfp"))
+    _write_gate(feature, heads, like)
     if feature.kind == "dpfp":
         require(
             isinstance(feature.order, int) and feature.order >= 1, "feature.order", feature.order, "1 or more"
@@ -115,6 +116,22 @@ def feature(feature: FeatureMap | None, heads: int, like: Tensor) -> None:
     for name, tensor in (("feature.scale", feature.scale), ("feature.bias", feature.bias)):
         if tensor is not None:
             parameter(name, tensor, (heads,), like)
+
+
+def _write_gate(feature: FeatureMap, heads: int, like: Tensor) -> None:
+    """``write [Hkv, K]`` and ``write_bias [Hkv]``, both or neither."""
+    given = [part is not None for part in (feature.write, feature.write_bias)]
+    require(given[0] == given[1], "feature.write and write_bias", "one of them", "given both or neither")
+    if feature.write is not None and feature.write_bias is not None:
+        parameter("feature.write", feature.write, (heads, like.shape[-1]), like)
+        parameter("feature.write_bias", feature.write_bias, (heads,), like)
+
+
+def decay(decay: Tensor | None, segment_weight: Tensor | None, k: Tensor) -> None:
+    """``decay [Hkv]``, what a memory keeps of itself; not beside weights, which stand for longer streams."""
+    if decay is not None:
+        parameter("decay", decay, (k.shape[1],), k)
+        require(segment_weight is None, "segment_weight", "a tensor", "None when decay is given")
 
 
 def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int | None) -> None:

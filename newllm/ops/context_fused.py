@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.ops.native import Runs, sweep
+from newllm.ops.native import Runs, product, sweep
 from newllm.ops.shooting import Outcome, Sweep, block, carry
 from newllm.reference.context import LAYER_NORM_EPS
 
@@ -150,7 +150,7 @@ def _linearised(drive: Tensor, weight: Tensor, entering: list[Tensor]) -> tuple[
     """The slope of each GELU, each layer norm before its weight, and 1 / its standard deviation."""
     found = []
     for layer, before in enumerate(entering):
-        read = F.linear(before.to(weight.dtype), weight[layer]) + drive[:, :, layer]
+        read = product(before, weight[layer].T) + drive[:, :, layer]
         normed, _, rstd = torch.native_layer_norm(
             before + F.gelu(read), read.shape[-1:], None, None, LAYER_NORM_EPS
         )
@@ -162,8 +162,8 @@ def _linearised(drive: Tensor, weight: Tensor, entering: list[Tensor]) -> tuple[
 
 def _carried(changes: Tensor, weight: Tensor) -> Tensor:
     """W^T times changes ``[B, T, L, C]`` of the pre-activations."""
-    layers = zip(changes.to(weight.dtype).unbind(2), weight, strict=True)
-    return torch.stack([change @ matrix for change, matrix in layers], 2).float()
+    layers = zip(changes.unbind(2), weight, strict=True)
+    return torch.stack([product(change, matrix) for change, matrix in layers], 2)
 
 
 def carry_back(adjoint: Sweep, later: Tensor, tokens: int, report: Tensor, tol: float) -> Tensor:

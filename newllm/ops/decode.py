@@ -27,6 +27,7 @@ def infini_decode(
     rule: Rule = "linear",
     feature: FeatureMap | None = None,
     eps: float = 1e-6,
+    decay: Tensor | None = None,
     active: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -37,7 +38,7 @@ def infini_decode(
         state: the stream so far, updated in place; its addresses never change.
         rope: (cos, sin) of at least R rows, the last of which belongs to the new token.
         active: bool ``[B]``; rows where it is False are left alone and give zeros.
-        beta, window, segment, gate, rule, feature, eps, backend: as in ``infini_attention``.
+        beta, window, segment, gate, rule, feature, eps, decay, backend: as in ``infini_attention``.
 
     Returns:
         Output ``[B, H, 1, V]`` in q's dtype.
@@ -52,10 +53,11 @@ def infini_decode(
     if active is not None:
         checks.boolean("active", active, (k.shape[0],), k)
     learned = (None, None) if feature is None else (feature.scale, feature.bias)
-    inputs = (q, k, v, beta, *state, *learned)
+    checks.decay(decay, None, k)
+    inputs = (q, k, v, beta, *state, *learned, decay)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")
-    chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, rule, feature))
+    chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, rule, feature, decay))
     if chosen == "fused":
         cos, sin = (None, None) if rope is None else rope
         return fused(
@@ -63,7 +65,7 @@ def infini_decode(
             k,
             v,
             beta,
-            *state,
+            *state[:5],
             cos,
             sin,
             *learned,
@@ -88,5 +90,6 @@ def infini_decode(
             rule=rule,
             feature=feature,
             eps=eps,
+            decay=decay,
             active=active,
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from newllm.ops.context_fused import REPORT, carry_back, reported
-from newllm.ops.native import Runs, sweep
+from newllm.ops.native import Runs, product, sweep
 from newllm.ops.shooting import carry
 from newllm.reference.context import LAYER_NORM_EPS
 
@@ -89,10 +89,10 @@ def _linearised(
     weight_gate: Tensor,
     bias_gate: Tensor,
 ) -> _Linearised:
-    hidden = [F.relu(F.linear(entered.to(weight_c.dtype), weight_c) + drive)]
+    hidden = [F.relu(product(entered, weight_c.T) + drive)]
     for weight, bias in zip(weight_h, bias_h, strict=True):
-        hidden.append(F.relu(F.linear(hidden[-1].to(weight.dtype), weight) + bias))
-    read = F.linear(hidden[-1].to(weight_gate.dtype), weight_gate.flatten(0, 1)) + bias_gate.flatten()
+        hidden.append(F.relu(product(hidden[-1], weight.T) + bias))
+    read = product(hidden[-1], weight_gate.flatten(0, 1).T) + bias_gate.flatten()
     forget, write, candidate = read.unflatten(-1, bias_gate.shape).unbind(2)
     forget, write, candidate = forget.sigmoid(), write.sigmoid(), candidate.tanh()
     normed, _, rstd = torch.native_layer_norm(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from newllm import backend as backends
@@ -32,6 +35,7 @@ def infini_attention(
     detach: Detach = "none",
     bptt_segments: int | None = None,
     segment_weight: Tensor | None = None,
+    decay: Tensor | None = None,
     padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, InfiniState]:
@@ -58,6 +62,7 @@ def infini_attention(
             call: detach the state between calls to cut there.
         segment_weight: ``[B, N]`` factors of what each segment adds (linear rule); column j is the j-th
             segment that the call touches, N = ceil(T / S), or ceil((T + S - 1) / S) with a state.
+        decay: ``[Hkv]`` factors, from 0 to 1, of the memory before each segment is written; None keeps all.
         padding_mask: bool ``[B, T]``, True = real. A row's result is that of the row without its
             padding; zeros stand at the padding in the output.
         backend: ``reference`` or ``fused``; None chooses.
@@ -76,11 +81,15 @@ def infini_attention(
         checks.require(bptt_segments >= 0, "bptt_segments", bptt_segments, "0 or more")
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, reference.touched_segments(k.shape[2], segment, state is not None), k)
-    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature)
+    checks.decay(decay, segment_weight, k)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
     chosen = backends.resolve("infini_attention", q.device, backend, reason)
-    run = {"reference": reference.infini_attention, "fused": fused.infini_attention}[chosen]
+    runs: dict[str, Callable[..., tuple[Tensor, InfiniState]]] = {
+        "reference": partial(reference.infini_attention, decay=decay),
+        "fused": fused.infini_attention,
+    }
     with context:
-        return run(
+        return runs[chosen](
             q,
             k,
             v,

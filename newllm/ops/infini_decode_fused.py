@@ -9,9 +9,16 @@ from newllm.ops.support import DTYPES, unsupported
 from newllm.types import FeatureMap, InfiniState
 
 
-def declined(q: Tensor, v: Tensor, state: InfiniState, rule: str, feature: FeatureMap | None) -> str | None:
+def declined(
+    q: Tensor,
+    v: Tensor,
+    state: InfiniState,
+    rule: str,
+    feature: FeatureMap | None,
+    decay: Tensor | None = None,
+) -> str | None:
     """Why the kernels cannot take this call; None if they can."""
-    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
     if reason is not None:
         return reason
     for ring in (state.keys, state.values):

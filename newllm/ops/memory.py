@@ -118,6 +118,7 @@ def memory_scan(
     rule: Rule = "linear",
     feature: FeatureMap | None = None,
     segment_weight: Tensor | None = None,
+    decay: Tensor | None = None,
     padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[MemoryState, MemoryState]:
@@ -131,6 +132,7 @@ def memory_scan(
         feature: feature map of the keys.
         segment_weight: ``[B, N]`` factors of what each segment adds; linear rule only (with the delta
             rule a factor above 1 would subtract old content more than once).
+        decay: ``[Hkv]`` factors, from 0 to 1, of the memory before each segment is written; None keeps all.
         padding_mask: bool ``[B, T]``, True = real token.
         backend: ``reference`` or ``fused``; None chooses.
 
@@ -149,7 +151,9 @@ def memory_scan(
     checks.memory_state(state, k, v, feature)
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, -(-k.shape[2] // segment), k)
-    chosen = backends.resolve("memory_scan", k.device, backend, _declined(k, v, rule, feature, state))
+    checks.decay(decay, segment_weight, k)
+    reason = _declined(k, v, rule, feature, state, decay)
+    chosen = backends.resolve("memory_scan", k.device, backend, reason)
     with context:
         if chosen == "fused":
             return _fused_scan(k, v, state, segment, rule, feature, segment_weight, padding_mask)
@@ -161,6 +165,7 @@ def memory_scan(
             rule=rule,
             feature=feature,
             segment_weight=segment_weight,
+            decay=decay,
             padding_mask=padding_mask,
         )
 
@@ -173,12 +178,17 @@ def weights(segment_weight: Tensor | None, rule: Rule, segments: int, k: Tensor)
 
 
 def _declined(
-    k: Tensor, v: Tensor, rule: Rule, feature: FeatureMap | None, state: MemoryState | None
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    feature: FeatureMap | None,
+    state: MemoryState | None,
+    decay: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot take this call; None if they can."""
     if state is not None and state.matrix.dtype != torch.float32:
         return f"its kernels take a float32 state, got {state.matrix.dtype}"
-    return unsupported(k.dtype, k.shape[3], v.shape[3], rule=rule, feature=feature)
+    return unsupported(k.dtype, k.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
 
 
 def _learned(feature: FeatureMap | None) -> tuple[Tensor | None, Tensor | None]:

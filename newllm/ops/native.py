@@ -88,3 +88,11 @@ def _number(value: Any) -> Any:
     if value is None:
         return 0
     return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x [..., K] @ matrix [K, N]`` in float32: x is rounded to the matrix's dtype, the sums are not."""
+    if matrix.dtype == torch.float32:
+        return x @ matrix
+    rows = x.to(matrix.dtype).flatten(0, -2)
+    return torch.mm(rows, matrix, out_dtype=torch.float32).unflatten(0, x.shape[:-1])

@@ -6,6 +6,7 @@ it; it fills in its results on the way. Backwards in time, what enters a run com
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,9 +21,10 @@ Sweep = Callable[[Runs, Tensor], Tensor]
 
 # The most rows that a device sweeps side by side, and what each costs beyond the first, in steps of one row.
 ROWS = {"cpu": 8, "cuda": 112}
-SHARE = {"cpu": 0.4, "cuda": 0.075}
-# The block method has to promise so many times the speed of a single run.
-LEAST_GAIN = 1.2
+SHARE = {"cpu": 0.5, "cuda": 0.075}
+# The block method has to promise so many times the speed of a single run: an estimate of rho that is too low
+# costs some of it.
+LEAST_GAIN = 1.4
 # Tokens of the first pass before each border, at least.
 WARM_UP = 32
 # Passes that the block method tries by default.
@@ -32,6 +34,9 @@ CYCLES, CYCLE = 3, 16
 
 # A difference of contexts to begin with, with some to spare, and more tokens than there ever are.
 LARGEST, NEVER = 16.0, 1 << 40
+# A run is swept in segments, the first of so many tokens and each twice the one before: what enters it
+# wrong is put right without sweeping it to its end again. On a GPU launches would cost more.
+SEGMENT = {"cpu": 64, "cuda": NEVER}
 
 
 class Outcome(NamedTuple):
@@ -98,8 +103,9 @@ def block(
     """``parts`` runs side by side until what leaves each is what enters the next, to within ``tol``.
 
     The first pass covers only ``warm_up`` tokens before each border, begun at zeros: where the recurrence
-    forgets within them, the second pass is the result. Backwards ``tol`` is a share of the largest that
-    leaves a run, since gradients have no scale of their own. When ``sweeps`` passes (None: 4) reach no
+    forgets within them, the second pass is the result. Later ones end where they leave what the one before
+    left. Backwards ``tol`` is a share of the largest that leaves a run, since gradients have no scale of
+    their own. When ``sweeps`` passes (None: 4) reach no
     agreement or the jumps do not shrink, one run over all tokens is the result, or, where ``fallback`` is
     False, raises NotContracting.
     """
@@ -108,9 +114,10 @@ def block(
     rest = Runs(1, tokens % parts, parts * length)
     if rest.tokens and backwards:
         entering = _once(sweep, rest, entering)
-    leaving, outcome = _shoot(
-        sweep, entering, Runs(parts, length, 0, length), tol, sweeps or SWEEPS, warm_up, backwards
-    )
+    border = Runs(parts, warm_up, 0 if backwards else length - warm_up, length)
+    segments = _segments(Runs(parts, length, 0, length), SEGMENT[entering.device.type], backwards)
+    leaving, outcome = _shoot(sweep, entering, border, segments, tol, sweeps or SWEEPS, backwards)
+    outcome = outcome._replace(parts=parts, warm_up=warm_up)
     if not outcome.block:
         if not fallback:
             raise NotContracting(
@@ -124,10 +131,31 @@ def block(
     return leaving, outcome
 
 
+def _segments(runs: Runs, least: int, backwards: bool) -> list[Runs]:
+    """``runs`` cut, in the order of sweeping, into segments of ``least`` tokens and ever twice as many."""
+    ends, size = [0], least
+    while ends[-1] < runs.tokens:
+        ends.append(min(ends[-1] + size, runs.tokens))
+        size *= 2
+    return [
+        runs._replace(tokens=end - done, first=runs.tokens - end if backwards else done)
+        for done, end in itertools.pairwise(ends)
+    ]
+
+
 def _shoot(
-    sweep: Sweep, entering: Tensor, runs: Runs, tol: float, sweeps: int, warm_up: int, backwards: bool
+    sweep: Sweep,
+    entering: Tensor,
+    border: Runs,
+    segments: list[Runs],
+    tol: float,
+    sweeps: int,
+    backwards: bool,
 ) -> tuple[Tensor, Outcome]:
-    """What leaves the last of ``runs``; an outcome that is not ``block`` where they did not come to agree."""
+    """What leaves the last of the runs that ``segments`` make up, after what leaves ``border`` entered them.
+
+    The outcome is not ``block`` where they did not come to agree.
+    """
     last = 0 if backwards else -1
 
     def joined(leaving: Tensor) -> Tensor:
@@ -136,22 +164,41 @@ def _shoot(
             return torch.cat([leaving[:, 1:], entering[:, None]], 1)
         return torch.cat([entering[:, None], leaving[:, :-1]], 1)
 
-    border = runs._replace(tokens=warm_up, first=0 if backwards else runs.tokens - warm_up)
-    nothing = entering.new_zeros(len(entering), runs.parts, entering.shape[-1])
+    nothing = entering.new_zeros(len(entering), border.parts, entering.shape[-1])
     starts = joined(sweep(border, joined(nothing)))
-    outcome = Outcome(False, 1, math.inf, math.nan, runs.parts, warm_up)
+    left: list[Tensor] = []
+    largest, outcome = 1.0, Outcome(False, 1, math.inf, math.nan)
     for done in range(2, sweeps + 1):
-        leaving = sweep(runs, starts)
-        reached = joined(leaving)
-        largest = leaving.abs().amax().item() if backwards else 1.0
-        before, residual = outcome.residual, (reached - starts).abs().amax().item()
+        left, jump = _sweep_segments(sweep, segments, starts, left, tol * largest)
+        reached = joined(left[-1])
+        largest = left[-1].abs().amax().item() if backwards else 1.0
+        # In this order a NaN is the larger one.
+        before, residual = outcome.residual, max((reached - starts).abs().amax().item(), jump)
         outcome = outcome._replace(block=residual <= tol * largest, sweeps=done, residual=residual)
         if outcome.block:
-            return leaving[:, last], outcome
+            return left[-1][:, last], outcome
         if not residual < before:
             break
         starts = reached
     return entering, outcome
+
+
+def _sweep_segments(
+    sweep: Sweep, segments: list[Runs], starts: Tensor, earlier: list[Tensor], tol: float
+) -> tuple[list[Tensor], float]:
+    """What leaves each segment, begun at ``starts``, and by how much what enters one differs from that.
+
+    Where a segment leaves what it left ``earlier``, to within ``tol``, what was swept after it stands.
+    """
+    leaving, found = starts, []
+    for segment in segments:
+        leaving = sweep(segment, leaving)
+        found.append(leaving)
+        if rest := earlier[len(found) :]:
+            jump = (leaving - earlier[len(found) - 1]).abs().amax().item()
+            if jump <= tol:
+                return found + rest, jump
+    return found, 0.0
 
 
 def contraction(sweep: Sweep, entering: Tensor, tokens: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from newllm.types import FeatureMap
 
@@ -12,7 +13,11 @@ MAX_WIDTH = 256
 
 
 def unsupported(
-    dtype: torch.dtype, *widths: int, rule: str = "linear", feature: FeatureMap | None = None
+    dtype: torch.dtype,
+    *widths: int,
+    rule: str = "linear",
+    feature: FeatureMap | None = None,
+    decay: Tensor | None = None,
 ) -> str | None:
     """Why the Triton kernels cannot take this call; None if they can."""
     if dtype not in DTYPES:
@@ -23,4 +28,8 @@ def unsupported(
         return f"its kernels have the rules {' and '.join(RULES)}, got {rule!r}"
     if feature is not None and feature.kind != "elu1":
         return f"its kernels have the feature map 'elu1', got {feature.kind!r}"
+    if feature is not None and feature.write is not None:
+        return "its kernels have no write gate, got feature.write"
+    if decay is not None:
+        return "its kernels have no decay, got one"
     return None

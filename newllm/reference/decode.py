@@ -27,6 +27,7 @@ def infini_decode(
     rule: Rule = "linear",
     feature: FeatureMap | None = None,
     eps: float = 1e-6,
+    decay: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
     """Attend with one token per row, q ``[B, H, 1, K]`` -> ``[B, H, 1, V]``, writing into ``state``."""
@@ -39,7 +40,7 @@ def infini_decode(
         memory = memory_of(state)
         recalled = memory_retrieve(q.to(state_dtype(q.dtype)), memory, feature=feature, eps=eps)
         out = mix(out, recalled, beta, gate)
-        _fold(memory, state, segment, rule, feature, eps, active)
+        _fold(memory, state, segment, rule, feature, eps, decay, active)
     state.position.add_(active)
     return out.masked_fill(~active[:, None, None, None], 0)
 
@@ -85,6 +86,7 @@ def _fold(
     rule: Rule,
     feature: FeatureMap | None,
     eps: float,
+    decay: Tensor | None,
     active: Tensor,
 ) -> None:
     """Write the segment that the new token completes, in the rows where it completes one."""
@@ -96,6 +98,6 @@ def _fold(
     compute = state_dtype(state.keys.dtype)
     k, v = (take(ring, index).to(compute)[:, :, None] for ring in (state.keys, state.values))
     segments = write_segments(k, v, complete[:, None, None].expand(-1, 1, segment), feature)
-    _, after = scan(segments, memory, rule=rule, eps=eps)
+    _, after = scan(segments, memory, rule=rule, decay=decay, eps=eps)
     memory.matrix.copy_(after.matrix)
     memory.norm.copy_(after.norm)

@@ -32,6 +32,15 @@ def feature_map(x: Tensor, feature: FeatureMap | None) -> Tensor:
     return _elu_plus_one(x)
 
 
+def key_features(k: Tensor, feature: FeatureMap | None) -> Tensor:
+    """Features of keys ``k [B, Hkv, ..., K]`` as they are written: times the write gate, if there is one."""
+    features = feature_map(k, feature)
+    if feature is None or feature.write is None or feature.write_bias is None:
+        return features
+    score = (k * _per_head(feature.write, k)).sum(-1, keepdim=True) + _per_head(feature.write_bias, k)
+    return features * score.sigmoid()
+
+
 def _elu_plus_one(x: Tensor) -> Tensor:
     # Not F.elu(x) + 1: that cancels for negative x and loses up to 0.5 % in float32 around x = -12.
     # The sum of both halves has the same bits as a choice between x + 1 and exp(x), and a cheaper gradient.
@@ -45,5 +54,6 @@ def _dpfp(x: Tensor, order: int) -> Tensor:
 
 
 def _per_head(parameter: Tensor, x: Tensor) -> Tensor:
-    heads = parameter.to(x.dtype).repeat_interleave(x.shape[1] // parameter.shape[0])
-    return heads.view(-1, *[1] * (x.ndim - 2))
+    """``parameter [Hkv]`` or ``[Hkv, K]`` as it multiplies ``x [B, H, ..., K]``."""
+    heads = parameter.to(x.dtype).repeat_interleave(x.shape[1] // parameter.shape[0], 0)
+    return heads.view(len(heads), *[1] * (x.ndim - 3), -1)

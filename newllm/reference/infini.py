@@ -62,6 +62,7 @@ def infini_attention(
     eps: float = 1e-6,
     bptt_segments: int | None = None,
     segment_weight: Tensor | None = None,
+    decay: Tensor | None = None,
     padding_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, InfiniState]:
@@ -91,9 +92,15 @@ def infini_attention(
             empty_memory(keys, values, feature)._replace(count=None) if state is None else memory_of(state)
         )
         before, (matrix, norm, _) = scan(
-            segments, start, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments
+            segments,
+            start,
+            rule=rule,
+            weight=segment_weight,
+            decay=decay,
+            eps=eps,
+            bptt_segments=bptt_segments,
         )
-        recalled = _recall(q.to(compute), before, position, segment, feature, eps)
+        recalled = recall(q.to(compute), before, position, segment, feature, eps)
         return mix(out, recalled, beta, gate), matrix, norm
 
     return streamed(layer, q, k, v, ring=window or segment, rope=rope, state=state, padding_mask=padding_mask)
@@ -186,7 +193,7 @@ def _aligned_segments(
     return write_segments(k, v, complete[..., None].expand(batch, count, segment), feature)
 
 
-def _recall(
+def recall(
     q: Tensor,
     before: MemoryState,
     position: Tensor | None,
@@ -204,11 +211,11 @@ def _recall(
         phase = (position % segment)[:, None]
         index = torch.arange(count * segment, device=q.device) - phase
         features = take(features, index.clamp(0, tokens - 1))
-    grouped = (
-        features.view(batch, kv_heads, -1, count, segment, features.shape[-1]).transpose(2, 3).flatten(3, 4)
-    )
-    out = read(grouped, before.matrix, before.norm, eps)
-    out = out.unflatten(3, (-1, segment)).transpose(2, 3).reshape(batch, heads, count * segment, -1)
+    group, columns = heads // kv_heads, before.matrix.shape[-1]
+    split = features.view(batch, kv_heads, group, count, segment, features.shape[-1])
+    out = read(split.transpose(2, 3).flatten(3, 4), before.matrix, before.norm, eps)
+    out = out.unflatten(3, (group, segment)).transpose(2, 3)
+    out = out.reshape(batch, heads, count * segment, columns)
     if position is None:
         return out[:, :, :tokens]
     return take(out, phase + torch.arange(tokens, device=q.device))

@@ -4,9 +4,11 @@
     linear     M <- M + sigma(K)^T V,  z <- z + sum_t sigma(K_t)              eq. 4
     delta      M <- M + sigma(K)^T (V - eta sigma(K) M / (sigma(K) z))        eq. 5, with a guard eta
     gamma      delta's M;  z <- z + sum_t gamma_t phi(K_t)                    ARMT, arXiv 2407.04841
+    decay      M and z times a factor per head before a segment is written
 
 The guard: a correction drawn from N_prev tokens may not be subtracted N_s > N_prev times in full, or
-the old content is driven past zero and inverted; eta = min(1, N_prev / N_s).
+the old content is driven past zero and inverted; eta = min(1, N_prev / N_s). Where writes are of unequal
+strength, by a write gate or decay, the sums of z and of what is added to it count in place of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from newllm.reference.features import feature_map, feature_width
+from newllm.reference.features import feature_map, feature_width, key_features
 from newllm.reference.layout import compaction, pad_tokens, take
 from newllm.types import FeatureMap, MemoryState, Rule
 
@@ -29,12 +31,14 @@ Step = Callable[[MemoryState], MemoryState]
 class Segments(NamedTuple):
     """Keys and values cut into segments, zero where no real token stands.
 
-    ``features [B, H, N, S, F]``, ``values [B, H, N, S, V]``, ``tokens [B, N]`` real tokens of each.
+    ``features [B, H, N, S, F]``, ``values [B, H, N, S, V]``, ``tokens [B, N]`` real tokens of each;
+    ``gated``: they are written with unequal strength.
     """
 
     features: Tensor
     values: Tensor
     tokens: Tensor
+    gated: bool = False
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,8 +69,9 @@ def memory_retrieve(
     """Read ``q [B, H, T, K]`` from ``state``: ``[B, H, T, V]`` in q's dtype, zeros from an empty memory."""
     compute = compute_dtype or state_dtype(q.dtype)
     features = feature_map(q.to(compute), feature)
-    grouped = features.unflatten(1, (state.norm.shape[1], -1)).flatten(2, 3)
-    return read(grouped, state.matrix, state.norm, eps).view(*q.shape[:3], -1).to(q.dtype)
+    kv_heads, columns = state.matrix.shape[1], state.matrix.shape[3]
+    grouped = features.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).flatten(2, 3)
+    return read(grouped, state.matrix, state.norm, eps).view(*q.shape[:3], columns).to(q.dtype)
 
 
 def read(features: Tensor, matrix: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -111,6 +116,7 @@ def memory_scan(
     rule: Rule = "linear",
     feature: FeatureMap | None = None,
     segment_weight: Tensor | None = None,
+    decay: Tensor | None = None,
     padding_mask: Tensor | None = None,
     eps: float = 1e-6,
     bptt_segments: int | None = None,
@@ -124,7 +130,9 @@ def memory_scan(
         k, v = take(k, order), take(v, order)
         real = torch.arange(k.shape[2], device=k.device) < length[:, None]
     segments = _segments(k, v, real, segment, feature, compute_dtype)
-    return scan(segments, state, rule=rule, weight=segment_weight, eps=eps, bptt_segments=bptt_segments)
+    return scan(
+        segments, state, rule=rule, weight=segment_weight, decay=decay, eps=eps, bptt_segments=bptt_segments
+    )
 
 
 def _segments(
@@ -144,14 +152,15 @@ def _segments(
 
 def write_segments(k: Tensor, v: Tensor, written: Tensor | None, feature: FeatureMap | None) -> Segments:
     """Segments of keys ``k [B, H, N, S, K]``; those ``written [B, N, S]`` enter the memory (None: all)."""
-    features = feature_map(k, feature)
+    features = key_features(k, feature)
+    gated = feature is not None and feature.write is not None
     if written is None:
         tokens = torch.full((k.shape[0], k.shape[2]), k.shape[3], device=k.device)
-        return Segments(features, v, tokens)
+        return Segments(features, v, tokens, gated)
     # The features are masked, not the keys: sigma(0) = 1 would leak padding into the norm.
     hidden = ~written[:, None, ..., None]
     features = features.masked_fill(hidden, 0)
-    return Segments(features, v.masked_fill(hidden, 0), written.sum(-1))
+    return Segments(features, v.masked_fill(hidden, 0), written.sum(-1), gated)
 
 
 def scan(
@@ -160,16 +169,22 @@ def scan(
     *,
     rule: Rule,
     weight: Tensor | None = None,
+    decay: Tensor | None = None,
     eps: float = 1e-6,
     bptt_segments: int | None = None,
 ) -> tuple[MemoryState, MemoryState]:
     """Fold segments into ``state`` from left to right: states before each ``[B, H, N, ...]``, and the last.
 
-    ``weight [B, N]`` scales what a segment adds (linear rule). ``bptt_segments`` is how many segments
+    ``weight [B, N]`` scales what a segment adds (linear rule), ``decay [H]`` what was there before it.
+    ``bptt_segments`` is how many segments
     back gradients flow through the memory: None all, 1 the preceding one, 0 none. It is counted within
     a call; what ``state`` itself depends on is the caller's to detach.
     """
-    steps = _steps(segments, rule, weight, eps, state.norm.dtype)
+    steps = _steps(segments, rule, weight, eps, state.norm.dtype, segments.gated or decay is not None)
+    if decay is not None:
+        steps = [
+            partial(_decayed, *each, decay) for each in zip(steps, segments.tokens.unbind(1), strict=True)
+        ]
     states = list(accumulate(steps, lambda memory, step: step(memory), initial=state))
     last = states[-1]
     if bptt_segments is not None:
@@ -210,9 +225,9 @@ def _truncated(states: list[MemoryState], steps: list[Step], index: int, reach: 
 
 
 def _steps(
-    segments: Segments, rule: Rule, weight: Tensor | None, eps: float, dtype: torch.dtype
+    segments: Segments, rule: Rule, weight: Tensor | None, eps: float, dtype: torch.dtype, uneven: bool
 ) -> list[Step]:
-    """One function per segment that folds it into a memory."""
+    """One function per segment that folds it into a memory, to which writes of ``uneven`` strength go."""
     shares = [None] * segments.tokens.shape[1] if weight is None else weight.to(dtype).unbind(1)
     tokens = segments.tokens.unbind(1)
     if rule == "linear":
@@ -221,7 +236,13 @@ def _steps(
         added = zip(matrices.unbind(2), norms.unbind(2), tokens, shares, strict=True)
         return [partial(_add, *each) for each in added]
     written = zip(segments.features.unbind(2), segments.values.unbind(2), tokens, shares, strict=True)
-    return [partial(_correct, *each, rule, eps) for each in written]
+    return [partial(_correct, *each, rule, eps, uneven) for each in written]
+
+
+def _decayed(step: Step, tokens: Tensor, decay: Tensor, memory: MemoryState) -> MemoryState:
+    """``step`` after the memory has faded, in the rows that write anything."""
+    kept = torch.where(tokens[:, None] > 0, decay.to(memory.norm.dtype), 1.0)[..., None]
+    return step(memory._replace(matrix=memory.matrix * kept[..., None], norm=memory.norm * kept))
 
 
 def _add(
@@ -241,14 +262,20 @@ def _correct(
     share: Tensor | None,
     rule: Rule,
     eps: float,
+    uneven: bool,
     memory: MemoryState,
 ) -> MemoryState:
     """Delta rule: write what the memory before this segment does not yet answer (eq. 5, guarded)."""
     dtype = memory.norm.dtype
     known = read(features, memory.matrix, memory.norm, eps)
-    if memory.count is not None:
-        eta = (memory.count.to(dtype) / tokens.clamp(min=1)).clamp(max=1).to(known.dtype)
-        known = known * eta[:, None, None, None]
+    eta: Tensor | None = None
+    if uneven:
+        held = memory.norm.sum(-1) / features.sum((-2, -1)).to(dtype).clamp(min=eps)
+        eta = held.clamp(max=1).detach()
+    elif memory.count is not None:
+        eta = (memory.count.to(dtype) / tokens.clamp(min=1)).clamp(max=1)[:, None]
+    if eta is not None:
+        known = known * eta[..., None, None].to(known.dtype)
     matrix = (features.mT @ (values - known)).to(dtype)
     novelty = _novelty(features, memory.norm, eps) if rule == "gamma" else 1.0
     return _add(matrix, (features * novelty).sum(-2, dtype=dtype), tokens, share, memory)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
+from newllm.data.recall.drafts import language
 from newllm.data.sources import Corpus, coverage, open_source
 from newllm.data.streams import Needles, OrderedStreams, PackedBlocks
 from newllm.data.token_cache import Tokens, cached_tokens
@@ -17,6 +18,7 @@ from newllm.models.files import load_model
 from newllm.training.batches import NeedleBatches
 from newllm.training.config import ConvertConfig, SourceConfig, StreamConfig, TaskConfig, TrainConfig
 from newllm.training.feed import Batches
+from newllm.training.suite_batches import SuiteBatches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,10 +104,13 @@ def make_streams(
     facts: dict[str, Any] = {"tokens": len(tokens.ids), "validation_tokens": len(held.ids)}
     facts |= {f"coverage_{name}": round(share, 6) for name, share in coverage(tokens.ids, held.ids).items()}
     if stream.kind == "needles":
-        filler = passkey_task(tokenizer, corpus.train.joined(), task.key_length)
-        batches: Batches = NeedleBatches(
-            filler, task, segment=segment or 1, steps=train.steps * sets, seed=train.seed
-        )
+        options: Any = {"segment": segment or 1, "steps": train.steps * sets, "seed": train.seed}
+        batches: Batches
+        if task.suites == ["passkey"]:
+            filler = passkey_task(tokenizer, corpus.train.joined(), task.key_length)
+            batches = NeedleBatches(filler, task, **options)
+        else:
+            batches = SuiteBatches(language(tokenizer, corpus.train.joined()), task, **options)
     else:
         batches = _stream(
             tokens, stream, rows, sets, train.seed, _needles(corpus, tokenizer, stream, segment)

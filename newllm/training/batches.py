@@ -10,14 +10,15 @@ from torch import Tensor
 from newllm.data.packing import random_blocks
 from newllm.data.passkey import PasskeyTask, training_batch
 from newllm.training.config import TaskConfig
-from newllm.training.dilution import dilution_weights, ramp
+from newllm.training.dilution import diluted
 
 
 class NeedleBatches:
     """``steps`` batches of text in which keys are hidden and asked for, along a curriculum of lengths.
 
     Each is a dict of ``input_ids [B, T]``, ``loss_weight [B, T]`` (what predicting a token counts; the
-    answers of a batch sum to 1, its text to ``text_weight``) and ``segment_weight [B, ceil(T / segment)]``.
+    answers of a batch sum to 1, its text to ``text_weight``) and, with dilution,
+    ``segment_weight [B, ceil(T / segment)]``.
 
     Raises:
         ValueError: for a text shorter than a sample, shares outside [0, 1] or a sample too short for a key.
@@ -57,23 +58,37 @@ class NeedleBatches:
         kept = torch.cat([kept, torch.ones(len(text), kept.shape[1], dtype=torch.bool)])
         plain = (weight == 0).float()
         weight = weight / max(1.0, float(weight.sum())) + plain * (config.text_weight / float(plain.sum()))
-        diluted = dilution_weights(kept, factor=config.dilution, strength=ramp(progress), generator=generator)
-        return {"input_ids": ids, "loss_weight": weight, "segment_weight": diluted}
+        made = {"input_ids": ids, "loss_weight": weight}
+        return made | diluted(kept, config.dilution, progress, generator)
+
+    def _behind(self, length: int, generator: torch.Generator) -> int:
+        """How much text follows the answers of a batch, so that questions stand anywhere in a segment."""
+        if not self.config.shift:
+            return 0
+        spare = length - len(self.task.question) - self.task.needle_length - self.task.key_length
+        return int(torch.randint(min(self.segment, spare + 1), (1,), generator=generator))
 
     def _needles(self, length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Samples with a key: ids and answer marks ``[B, T]``, and the segments that hold the key."""
         answer = self.task.key_length
+        behind = self._behind(length, generator)
+        end = length - behind
+        last = self.task.last_start(end - answer)
         made = training_batch(
             self.task,
-            length=length - answer,
+            length=end - answer,
             samples=rows,
             segment=self.segment,
             generator=generator,
             edge=self.config.edge,
-            # A sample of one segment has no border to cross.
-            straddle=self.config.straddle if length > self.segment else 0.0,
+            # A sample of about one segment has no border to cross.
+            near=self.config.near,
+            straddle=self.config.straddle if last + self.task.needle_length > self.segment else 0.0,
         )
-        made = made._replace(input_ids=torch.cat([made.input_ids, made.answers[:, -1:]], 1))
+        parts = [made.input_ids, made.answers[:, -1:]]
+        if behind:
+            parts.append(random_blocks(self.task.filler, behind, rows, generator))
+        made = made._replace(input_ids=torch.cat(parts, 1))
         weight = torch.zeros(made.input_ids.shape)
-        weight[:, -answer:] = 1.0
+        weight[:, end - answer : end] = 1.0
         return made.input_ids, weight, made.needle_segments(self.segment)

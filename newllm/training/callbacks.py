@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from newllm.modules.gate import MemoryGate
+from newllm.modules.gate import MemoryGate, gate_histogram
 from newllm.runs import Run
 from newllm.training.config import TrainConfig
 from newllm.training.schedules import clip_norm
@@ -36,7 +37,7 @@ class Throughput:
 
 
 class RunLog(TrainerCallback):
-    """Writes what the Trainer logs, and how far each memory's gates are open, to ``metrics.jsonl``."""
+    """Writes what the Trainer logs, and how far the memories' gates are open, to ``metrics.jsonl``."""
 
     def __init__(self, run: Run, model: nn.Module, throughput: Throughput) -> None:
         self.run, self.model, self.throughput = run, model, throughput
@@ -53,18 +54,36 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs = {name: value for name, value in (logs or {}).items() if name not in ("epoch", "total_flos")}
-        gates = {
+        gates: dict[str, Any] = {
             f"gate/{name}": [round(g, 4) for g in module.openness().tolist()]
             for name, module in self.model.named_modules()
             if isinstance(module, MemoryGate)
         }
+        if gates:
+            gates["gate_histogram"] = gate_histogram(self.model)
         if "loss" in logs:
             logs["tokens_per_second"] = round(self.throughput.rate(), 1)
         self.run.log(step=state.global_step, **logs, **gates)
 
 
+class _Lines:
+    """One line below the other: in a log file nothing is overwritten."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class Progress(TrainerCallback):
-    """A bar with tokens per second, time left and the latest losses."""
+    """A bar with tokens per second, time left and the latest losses; in a log a line every ten seconds."""
+
+    LOG_SECONDS = 10.0
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
@@ -74,9 +93,10 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Open the bar."""
+        where = {} if sys.stderr.isatty() else {"file": _Lines(sys.stderr), "mininterval": self.LOG_SECONDS}
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-            disable=not state.is_local_process_zero,
+            disable=not state.is_local_process_zero, **where,
         )  # fmt: skip
 
     def on_step_end(

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from newllm.files import read_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -97,30 +97,25 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-@contextmanager
-def told(what: str, path: Path) -> Iterator[None]:
-    """Turn the many ways of failing to write ``path`` into one ``OSError`` that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise OSError(f"{what} {path} could not be written: {said}") from error
-
-
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
     try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        changed = [name for name, digest in hashes.items() if _hash(folder / name) != digest]
+        hashes = read_json(folder / MANIFEST, "")["sha256"]
+        names = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
+        for name in sorted(names | hashes.keys()):
+            if name not in hashes:
+                return f"{name} is not of it"
+            if name not in names:
+                return f"{name} is missing"
+            if _hash(folder / name) != hashes[name]:
+                return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    return f"{changed[0]} is damaged" if changed else None
+    return None
 
 
 def _files(folder: Path) -> list[Path]:

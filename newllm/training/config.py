@@ -21,6 +21,14 @@ class ModelConfig:
         memory_layers: layers with a memory (null: the default, []: none).
         gate: tanh starts shut, so that the window learns first.
         rule: how the memory is written.
+        feature: elu1 with feature_scale and feature_bias at the start, or dpfp of feature_order.
+        feature_scale: how much the features contrast keys (1: the paper's).
+        feature_bias: how sparse they are (0: the paper's).
+        feature_order: of dpfp, whose features are 2 * order times as wide.
+        write_gate: learn how much each token counts in a memory.
+        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
+        short_conv: taps of a causal convolution over q and k (null: none).
+        share_memory: one memory for all layers that have one (linear rule).
     """
 
     hidden_size: int = 96
@@ -33,6 +41,14 @@ class ModelConfig:
     memory_layers: list[int] | None = None
     gate: Literal["sigmoid", "tanh"] = "tanh"
     rule: Literal["linear", "delta", "gamma"] = "linear"
+    feature: Literal["elu1", "dpfp"] = "elu1"
+    feature_scale: float = 4.0
+    feature_bias: float = -4.0
+    feature_order: int = 1
+    write_gate: bool = False
+    memory_decay: float | None = None
+    short_conv: int | None = None
+    share_memory: bool = False
 
 
 @dataclass(kw_only=True)
@@ -45,6 +61,10 @@ class ConvertConfig:
         memory_layers: layers with a memory (null: two of them, at thirds of the depth).
         gate: ``tanh`` starts shut and equals the base, ``sigmoid`` is the paper's and starts half open.
         rule: how the memory is written.
+        write_gate: learn how much each token counts in a memory.
+        memory_decay: share of itself that a memory keeps at first when a segment is written (null: all).
+        short_conv: taps of a causal convolution over q and k, the identity at the start (null: none).
+        share_memory: one memory for all layers that have one (linear rule).
     """
 
     window: int = 1024
@@ -52,6 +72,10 @@ class ConvertConfig:
     memory_layers: list[int] | None = None
     gate: Literal["tanh", "sigmoid"] = "tanh"
     rule: Literal["linear", "delta"] = "linear"
+    write_gate: bool = False
+    memory_decay: float | None = None
+    short_conv: int | None = None
+    share_memory: bool = False
 
     def __post_init__(self) -> None:
         """Find before any weights are read what would be found behind them.
@@ -70,6 +94,7 @@ class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
 
     Args:
+        suites: what is asked, in equal shares: passkey, or suites in words (see newllm eval MODEL --suite).
         lengths: tokens of a sample, in equal shares of the training.
         tokens_per_step: most tokens of a batch.
         max_rows: most samples of a batch.
@@ -77,10 +102,13 @@ class TaskConfig:
         key_length: digits of a key.
         edge: share of keys at the very first token.
         straddle: share of keys across a segment border.
+        near: share of keys within two segments of the question, the nearer the likelier.
+        shift: let up to a segment of text follow the answers, so that questions stand anywhere in theirs.
         text_weight: weight of the text's own loss beside that of the answers, 1.
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
     """
 
+    suites: list[str] = field(default_factory=lambda: ["passkey"])
     lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
     tokens_per_step: int = 4096
     max_rows: int = 64
@@ -88,6 +116,8 @@ class TaskConfig:
     key_length: int = 3
     edge: float = 0.2
     straddle: float = 0.3
+    near: float = 0.0
+    shift: bool = False
     text_weight: float = 0.1
     dilution: float = 1024.0
 
@@ -99,6 +129,7 @@ class SourceConfig:
     Args:
         limit: training documents at most (null: all, or the dataset's usual number).
         subset: a folder of the dataset, such as ``helpful-base`` of hh-rlhf.
+        revision: commit, tag or branch of a dataset of the hub (null: its newest); nothing stands in for it.
         column: the text's column in JSONL files.
         validation: fixed, or a text file, which is written if it does not exist.
         mirror: a folder of datasets as owner/name, read in place of the hub.
@@ -107,6 +138,7 @@ class SourceConfig:
 
     limit: int | None = None
     subset: str | None = None
+    revision: str | None = None
     column: str = "text"
     validation: str = "fixed"
     mirror: str | None = None
@@ -147,6 +179,7 @@ class TrainConfig:
         warmup_steps: steps in which the rate rises.
         schedule: how it falls to a tenth.
         memory_multiplier: factor of the rate of gates and feature parameters.
+        freeze_features: feature parameters stay as they begin.
         memory_layer_multiplier: factor of the rate of attention layers with a memory.
         memory_first: steps in which only the layers with a memory learn.
         memory_first_lr: peak rate of those steps (null: lr).
@@ -159,6 +192,7 @@ class TrainConfig:
         checkpointing: recompute activations in the backward pass.
         compile: torch.compile the model.
         fsdp: shard the model over the processes of a launch, on GPUs, instead of copying it.
+        sequence_ranks: processes of a launch that share each sequence, in slices; must divide their number.
         eval_steps: steps between looks at the validation text, 0 for none.
         eval_batches: batches of such a look at most.
         patience: looks without improvement after which the training ends (null: never).
@@ -175,6 +209,7 @@ class TrainConfig:
     warmup_steps: int = 50
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     memory_multiplier: float = 10.0
+    freeze_features: bool = False
     memory_layer_multiplier: float = 1.0
     memory_first: int = 0
     memory_first_lr: float | None = None
@@ -187,6 +222,7 @@ class TrainConfig:
     checkpointing: bool = False
     compile: bool = False
     fsdp: bool = False
+    sequence_ranks: int = 1
     eval_steps: int = 0
     eval_batches: int = 32
     patience: int | None = None
@@ -203,7 +239,14 @@ class TrainConfig:
         Raises:
             ValueError: for values out of range.
         """
-        at_least = {"steps": 1, "accumulation": 1, "keep": 1, "log_steps": 1, "eval_batches": 1}
+        at_least = {
+            "steps": 1,
+            "sequence_ranks": 1,
+            "accumulation": 1,
+            "keep": 1,
+            "log_steps": 1,
+            "eval_batches": 1,
+        }
         at_least |= {"warmup_steps": 0, "memory_first": 0, "eval_steps": 0, "save_steps": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:

@@ -6,7 +6,6 @@ A phrase is a row of token ids; its cycle length k is their number, whatever wor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.models import ContextLMConfig, ContextLMForCausalLM
+from newllm.models import ContextLMForCausalLM
+from newllm.training.phase_config import CvfptConfig
 
 CONVERGED = 0.01
 """A phrase has converged when its convergence loss is below this."""
@@ -24,47 +24,6 @@ _NOUNS = ("cat", "dog", "sun", "car", "book")
 _VERBS = ("runs", "sees", "likes")
 _WORDS = (*_ADJECTIVES, *_NOUNS, *_VERBS)
 _PHRASES = 10
-
-
-@dataclass
-class CvfptConfig:
-    """How repetitions are trained.
-
-    Args:
-        max_stage: stages, of as many words a phrase.
-        epochs_per_stage: passes over a stage's phrases.
-        repetitions: of a phrase in a sequence.
-        max_length: tokens of a sequence at most.
-        batch_size: sequences of a batch.
-        learning_rate: of Adam.
-        convergence_weight: of the distance of contexts one cycle apart.
-        token_weight: of the next token's loss. At 0 a context that never moves is a solution.
-        gradient_clip: largest norm of gradients.
-        seed: of weights and order.
-    """
-
-    max_stage: int = 3
-    epochs_per_stage: int = 10
-    repetitions: int = 100
-    max_length: int = 512
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    convergence_weight: float = 1.0
-    token_weight: float = 0.01
-    gradient_clip: float = 1.0
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        """Raises ``ValueError`` for values out of range, and for a token weight that lets contexts die."""
-        if self.token_weight <= 0:
-            raise ValueError(
-                f"token_weight must be above 0, got {self.token_weight}: without the next token's loss a "
-                "context that never moves is a solution"
-            )
-        if self.repetitions < 2 or self.batch_size < 1 or self.max_stage < 1 or self.epochs_per_stage < 1:
-            raise ValueError(
-                "repetitions must be at least 2, batch_size, max_stage and epochs_per_stage at least 1"
-            )
 
 
 class Convergence(NamedTuple):
@@ -141,10 +100,14 @@ def train_phrases(
     config: CvfptConfig,
     optimizer: torch.optim.Optimizer,
     epochs: int,
+    *,
+    cycle: int | None = None,
 ) -> list[dict[str, float]]:
     """Train on repetitions of ``phrases`` (rows of ids); losses of every epoch.
 
-    Raises ``RuntimeError`` for a loss that is not finite.
+    Contexts are compared one phrase apart, or ``cycle`` tokens apart: 1 is the documents' stability loss.
+
+    Raises ``RuntimeError`` for a loss or a gradient that is not finite.
     """
     rows = [repeated(phrase, config.repetitions, config.max_length) for phrase in phrases]
     history = []
@@ -153,22 +116,35 @@ def train_phrases(
         sums = torch.zeros(2)
         for start in range(0, len(rows), config.batch_size):
             part = range(start, min(start + config.batch_size, len(rows)))
-            near, tokens = _losses(model, [rows[i] for i in part], [len(phrases[i]) for i in part])
+            cycles = [cycle or len(phrases[i]) for i in part]
+            near, tokens = losses(model, [rows[i] for i in part], cycles)
             loss = config.convergence_weight * near + config.token_weight * tokens
             if not torch.isfinite(loss):
                 raise RuntimeError(f"the loss of epoch {epoch} is {loss.item()}")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
+            _step(model, loss, optimizer, config.gradient_clip, epoch)
             sums += len(part) * torch.stack([near.detach(), tokens.detach()]).cpu()
         convergence, token = (sums / len(rows)).tolist()
         history.append({"epoch": epoch, "convergence_loss": convergence, "token_loss": token})
     return history
 
 
-def _losses(model: ContextLMForCausalLM, rows: list[Tensor], cycles: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean convergence and token losses of rows of any lengths."""
+def _step(
+    model: ContextLMForCausalLM, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float, epoch: int
+) -> None:
+    """One clipped step.
+
+    A norm that overflows would clip every gradient to zero, and the model would stand still unnoticed.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not torch.isfinite(norm):
+        raise RuntimeError(f"the norm of the gradients of epoch {epoch} is {norm.item()}")
+    optimizer.step()
+
+
+def losses(model: ContextLMForCausalLM, rows: list[Tensor], cycles: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean convergence and token losses of rows ``[T]`` of any lengths, each with its cycle."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(model.device)
     inside = ids.clamp(min=0)
     outputs = model(inside, labels=ids, use_cache=False)
@@ -203,103 +179,3 @@ def train_repetition(
         if after_stage is not None:
             after_stage(stage, found[-1])
     return found
-
-
-def suite_patterns(vocabulary: int, repetitions: int, seed: int = 42) -> dict[str, tuple[list[int], int]]:
-    """The validation suite: name -> ids and cycle: one token, two, three, and a random sequence (cycle 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randperm(vocabulary, generator=generator)[:6].tolist()
-    drawn = torch.randint(vocabulary, (3 * repetitions,), generator=generator).tolist()
-    return {
-        "single token": (ids[:1] * repetitions, 1),
-        "random sequence": (drawn, 1),
-        "2-gram": (ids[1:3] * repetitions, 2),
-        "3-gram": (ids[3:6] * repetitions, 3),
-    }
-
-
-def validation_suite(
-    make_model: Callable[[], ContextLMForCausalLM], config: CvfptConfig, *, epochs: int = 10
-) -> dict[str, Convergence]:
-    """Train a fresh model on each pattern of :func:`suite_patterns`, with a step an epoch.
-
-    Repeated patterns should end below 0.01, the random sequence above it: a context that never moves would
-    pass the first and fail the last.
-    """
-    found = {}
-    for name, (row, cycle) in suite_patterns(make_model().config.vocab_size, config.repetitions).items():
-        model = make_model()
-        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate)
-        ids = torch.tensor(row)[: config.max_length]
-        for _ in range(epochs):
-            near, tokens = _losses(model, [ids], [cycle])
-            optimizer.zero_grad()
-            (config.convergence_weight * near + config.token_weight * tokens).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
-        found[name] = measure(model, ids, cycle)
-    return found
-
-
-def verdict(found: dict[str, Convergence]) -> bool:
-    """Whether every repeated pattern converged and the random sequence did not."""
-    return all(one.converged == (name != "random sequence") for name, one in found.items())
-
-
-def top_k(
-    make_model: Callable[[], ContextLMForCausalLM],
-    tokens: Sequence[int],
-    config: CvfptConfig,
-    *,
-    epochs: int = 10,
-    fair: bool = True,
-) -> dict[str, Any]:
-    """Convergence of single tokens: ``fair`` is one model for all in turns, otherwise a new one for each.
-
-    Returns what ``cvfpt_performance_topk_fair.json`` holds: per token the curve of losses and the figures
-    before and after.
-    """
-    groups = [list(tokens)] if fair else [[token] for token in tokens]
-    rows: list[dict[str, Any]] = []
-    for group in groups:
-        model = make_model()
-        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate)
-        ids = {token: repeated([token], config.repetitions, config.max_length) for token in group}
-        curves = {token: [measure(model, ids[token], 1)] for token in group}
-        for _ in range(epochs):
-            for token in group:
-                train_phrases(model, [[token]], config, optimizer, 1)
-            for token in group:
-                curves[token].append(measure(model, ids[token], 1))
-        rows += [_curve(token, curve) for token, curve in curves.items()]
-    return {
-        "mode": "fair" if fair else "biased",
-        "epochs": epochs,
-        "converged": sum(row["converged"] for row in rows),
-        "tokens": rows,
-    }
-
-
-def _curve(token: int, curve: list[Convergence]) -> dict[str, Any]:
-    first, last = curve[0], curve[-1]
-    return {
-        "token": token,
-        "initial_loss": first.loss,
-        "final_loss": last.loss,
-        "improvement": first.loss - last.loss,
-        "initial_change": first.change,
-        "final_change": last.change,
-        "converged": last.converged,
-        "losses": [one.loss for one in curve],
-    }
-
-
-def small_model(
-    vocabulary: int, *, cell: str = "gated", seed: int = 42, **sizes: Any
-) -> ContextLMForCausalLM:
-    """A model of the validation suite's size: C 128, E 128, H 256, two layers, no dropout."""
-    torch.manual_seed(seed)
-    fields = {"context_dim": 128, "embed_dim": 128, "hidden_dim": 256, "num_hidden_layers": 2, **sizes}
-    return ContextLMForCausalLM(
-        ContextLMConfig(vocab_size=vocabulary, cell=cell, dropout=0.0, embed_norm=True, **fields)
-    )

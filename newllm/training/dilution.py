@@ -34,3 +34,14 @@ def dilution_weights(
 def ramp(progress: float, start: float = 0.4, end: float = 0.7) -> float:
     """Strength of the dilution after a share ``progress`` of the training."""
     return min(1.0, max(0.0, (progress - start) / (end - start)))
+
+
+def diluted(kept: Tensor, factor: float, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """``segment_weight`` of a batch after a share ``progress`` of the training; nothing for a factor of 1.
+
+    Only the linear rule knows such weights, so without them any rule can be trained.
+    """
+    if factor == 1:
+        return {}
+    weights = dilution_weights(kept, factor=factor, strength=ramp(progress), generator=generator)
+    return {"segment_weight": weights}

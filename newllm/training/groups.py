@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-MEMORY_MODULES = ("memory_gate", "memory_feature")
+MEMORY_MODULES = ("memory_gate", "memory_feature", "memory_decay")
 
 
 def memory_owners(model: nn.Module) -> set[str]:
@@ -14,6 +14,13 @@ def memory_owners(model: nn.Module) -> set[str]:
     return {
         name for name, module in model.named_modules() if getattr(module, "memory_gate", None) is not None
     }
+
+
+def freeze_features(model: nn.Module) -> None:
+    """Leave the parameters of the memories' feature maps as they are."""
+    for name, parameter in model.named_parameters():
+        if "memory_feature" in name.split("."):
+            parameter.requires_grad_(False)
 
 
 def outside_memory(model: nn.Module) -> list[nn.Parameter]:

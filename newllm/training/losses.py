@@ -24,16 +24,24 @@ def targets_of(batch: dict[str, Tensor]) -> Tensor:
 def batch_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy in nats of ``logits [B, T, V]``: the mean over the targets that count.
 
-    With ``loss_weight [B, T]``, by the token that is predicted, the weighted sum instead.
+    With ``loss_weight [B, T]``, by the token that is predicted, or ``target_weight [B, T]``, by the one that
+    predicts, the weighted sum instead.
     """
     targets = targets_of(batch)
-    if "loss_weight" not in batch:
+    weight = target_weight(batch)
+    if weight is None:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-    weight = F.pad(batch["loss_weight"][:, 1:], (0, 1))
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return (losses * weight.flatten()).sum()
+
+
+def target_weight(batch: dict[str, Tensor]) -> Tensor | None:
+    """What each token's prediction counts, ``[B, T]``; None for a mean."""
+    if "loss_weight" in batch:
+        return F.pad(batch["loss_weight"][:, 1:], (0, 1))
+    return batch.get("target_weight")
 
 
 def counts(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

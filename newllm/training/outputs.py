@@ -65,6 +65,7 @@ def summary(
     lines = ["# Training", ""]
     for title, entries in parts.items():
         lines += [f"## {title}", "", "| | |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in entries.items()]
+        shown = {name: "none" if value is None else value for name, value in entries.items()}
+        lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in shown.items()]
         lines += [""]
     return "\n".join(lines)

@@ -29,10 +29,10 @@ class PhaseCache(Protocol):
 
 @torch.no_grad()
 def embedded(model: Any, ids: Tensor, input_tokens: int = 1) -> Tensor:
-    """What a ContextBlock reads of a stream ``ids [N]``: ``[N, input_tokens * E]``, on the CPU."""
+    """What a ContextBlock reads of a stream ``ids [N]``: ``[N, input_tokens * E]``, where ``ids`` are."""
     device = model.device
-    parts = [model.model.embed(part.to(device)).cpu() for part in ids.split(_AT_ONCE)]
-    windows = _windows(torch.arange(len(ids)), input_tokens)
+    parts = [model.model.embed(part.to(device)).to(ids.device) for part in ids.split(_AT_ONCE)]
+    windows = _windows(torch.arange(len(ids), device=ids.device), input_tokens)
     joined = torch.cat(parts)
     return _gathered(joined, windows)
 
@@ -40,7 +40,7 @@ def embedded(model: Any, ids: Tensor, input_tokens: int = 1) -> Tensor:
 class TokenCache:
     """The contexts that the TokenBlock of a two-phase ``model`` reads at every position of ``ids [N]``.
 
-    ``contexts`` holds ``TokenBlock.reads`` tensors ``[N, C]`` on the CPU, exact, without noise.
+    ``contexts`` holds ``TokenBlock.reads`` tensors ``[N, C]``, exact, without noise, where ``ids`` are.
 
     Raises ``ValueError`` for another kind of model, or fewer than two tokens.
     """
@@ -64,13 +64,15 @@ class TokenCache:
         outputs = [final]
         if len(body.context_block.layers) > 1:
             device = body.device
-            outputs = [one.cpu() for one in body.context_block.step(before.to(device), x.to(device))]
+            made = body.context_block.step(before.to(device), x.to(device))
+            outputs = [one.to(final.device) for one in made]
         chosen: list[Tensor] = body.token_block.choose(outputs, before)
         return chosen
 
     def features(self, model: Any, positions: Tensor) -> Tensor:
         """As :class:`PhaseCache`."""
-        device, windows = model.device, _windows(positions, self._kept)
+        device, positions = model.device, positions.to(self.ids.device)
+        windows = _windows(positions, self._kept)
         embeddings = model.model.embed(self.ids[windows.clamp(min=0)].to(device))
         x = embeddings.masked_fill((windows < 0)[..., None].to(device), 0).flatten(1)
         made: Tensor = model.model.token_block(x, [one[positions].to(device) for one in self.contexts])
@@ -87,6 +89,7 @@ class SlotCache:
 
     def __init__(self, model: ContextKVForCausalLM, ids: Tensor, borders: Tensor) -> None:
         _check(ids)
+        ids, borders = ids.cpu(), borders.cpu()
         inside = len(borders) > 0 and int(borders[0]) == 0 and int(borders[-1]) < len(ids)
         if not inside or not bool((borders.diff() > 0).all()):
             raise ValueError("borders must rise from 0 and lie inside ids")
@@ -121,6 +124,7 @@ class SlotCache:
     def features(self, model: Any, positions: Tensor) -> Tensor:
         """As :class:`PhaseCache`; keys and values of a slot are projected once for the batch."""
         device, body = model.device, model.model
+        positions = positions.cpu()
         slots, visible = self.slots(positions)
         x = body.embed(self.ids[positions].to(device))[None]
         own = body.attention.project(self.contexts[positions].to(device)[None])
@@ -136,7 +140,7 @@ def _check(ids: Tensor) -> None:
 
 def _windows(positions: Tensor, count: int) -> Tensor:
     """The ``count`` positions up to each, ``[n, count]``, oldest first; below 0 there is nothing."""
-    return positions[:, None] + torch.arange(1 - count, 1)
+    return positions[:, None] + torch.arange(1 - count, 1, device=positions.device)
 
 
 def _gathered(x: Tensor, windows: Tensor) -> Tensor:

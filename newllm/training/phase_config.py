@@ -1,4 +1,4 @@
-"""Options of the two phases."""
+"""Options of the two phases, and of repetition training."""
 
 from __future__ import annotations
 
@@ -105,3 +105,44 @@ class Phase2Config(FromBase):
     batch_size: int | None = 512
     freeze_embedding: bool = True
     seed: int = 42
+
+
+@dataclass
+class CvfptConfig:
+    """How repetitions are trained.
+
+    Args:
+        max_stage: stages, of as many words a phrase.
+        epochs_per_stage: passes over a stage's phrases.
+        repetitions: of a phrase in a sequence.
+        max_length: tokens of a sequence at most.
+        batch_size: sequences of a batch.
+        learning_rate: of Adam.
+        convergence_weight: of the distance of contexts one cycle apart.
+        token_weight: of the next token's loss. At 0 a context that never moves is a solution.
+        gradient_clip: largest norm of gradients.
+        seed: of weights and order.
+    """
+
+    max_stage: int = 3
+    epochs_per_stage: int = 10
+    repetitions: int = 100
+    max_length: int = 512
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    convergence_weight: float = 1.0
+    token_weight: float = 0.01
+    gradient_clip: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for values out of range, and for a token weight that lets contexts die."""
+        if self.token_weight <= 0:
+            raise ValueError(
+                f"token_weight must be above 0, got {self.token_weight}: without the next token's loss a "
+                "context that never moves is a solution"
+            )
+        if self.repetitions < 2 or self.batch_size < 1 or self.max_stage < 1 or self.epochs_per_stage < 1:
+            raise ValueError(
+                "repetitions must be at least 2, batch_size, max_stage and epochs_per_stage at least 1"
+            )

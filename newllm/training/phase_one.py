@@ -6,6 +6,7 @@ N positions of the stream, C context width, E input width of the block.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from newllm.modules.context_block import ContextBlock, shift_contexts
 from newllm.modules.context_health import effective_rank
 from newllm.training.diversity import diversity_loss
+from newllm.training.phase_checkpoints import PhaseCheckpoints
 from newllm.training.phase_config import Phase1Config
 
 _FIRST_STD = 0.01
@@ -42,16 +44,21 @@ def train_contexts(
     *,
     validation: Tensor | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
+    keep: PhaseCheckpoints | None = None,
+    state: dict[str, Any] | None = None,
 ) -> PhaseOneResult:
     """Train ``block`` on the stream ``x [N, E]`` by sweeps over all positions at once.
 
     In every sweep each position starts from the context that the sweep before left at its left neighbour; no
     gradient goes from one position or sweep to another. Gradients of all batches make one step of Adam. The
-    stream and its contexts stay where ``x`` is, batches go to the block's device.
+    stream and its contexts stay where ``x`` is, batches go to the block's device. Noise is drawn where ``x``
+    is: runs on a CPU and on a GPU differ by it.
 
     Args:
         validation: stream ``[M, E]`` whose effective rank ends the training, for ``config.stop == "rank"``.
         log: called with each row of the history.
+        keep: told of every sweep.
+        state: what ``keep`` held of a training that was cut off, to go on from.
 
     Raises:
         ValueError: for a stream of one position, or no validation stream where one is needed.
@@ -61,13 +68,20 @@ def train_contexts(
         raise ValueError(f"x must have at least 2 positions, got {len(x)}")
     if config.stop == "rank" and validation is None:
         raise ValueError("validation must be given for stop 'rank', got None")
-    generator = torch.Generator().manual_seed(config.seed)
-    contexts = _FIRST_STD * torch.randn(len(x), block.context_dim, generator=generator, dtype=x.dtype)
+    generator = torch.Generator(x.device).manual_seed(config.seed)
+    contexts = _FIRST_STD * torch.randn(
+        len(x), block.context_dim, generator=generator, dtype=x.dtype, device=x.device
+    )
     optimizer = torch.optim.Adam(block.parameters(), config.learning_rate)
     history: list[dict[str, Any]] = []
+    if state is not None:
+        block.load_state_dict(state["block"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        contexts, history = state["contexts"].to(x), state["history"]
     block.train()
-    stopped, sweep = "sweeps", 1
-    for sweep in range(2, config.max_iterations + 1):
+    stopped, sweep = "sweeps", 1 + len(history)
+    for sweep in range(2 + len(history), config.max_iterations + 1):
         moved, losses = _sweep(block, x, contexts, config, generator, optimizer, sweep)
         rate = convergence_rate(contexts, moved, config.convergence_threshold)
         contexts = moved
@@ -82,8 +96,16 @@ def train_contexts(
         if reason is not None:
             stopped = reason
             break
+        if keep is not None:
+            now = {"contexts": contexts, "history": history, "generator": generator.get_state()}
+            keep.reached(partial(_held, block, optimizer, now))
     block.eval()
     return PhaseOneResult(contexts, sweep, history[-1]["convergence_rate"], stopped, history)
+
+
+def _held(block: ContextBlock, optimizer: torch.optim.Optimizer, now: dict[str, Any]) -> dict[str, Any]:
+    """What goes on from here needs."""
+    return {"block": block.state_dict(), "optimizer": optimizer.state_dict(), **now}
 
 
 def _sweep(
@@ -100,7 +122,7 @@ def _sweep(
     diversity = diversity_loss(config.diversity)
     before = shift_contexts(contexts, config.start)
     if config.context_noise:
-        noise = torch.randn(before.shape, generator=generator, dtype=before.dtype)
+        noise = torch.randn(before.shape, generator=generator, dtype=before.dtype, device=before.device)
         before = before + config.context_noise * noise
     moved = torch.empty_like(contexts)
     slices = batches(len(x), config.batch_size)

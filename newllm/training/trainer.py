@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from newllm.data.streams import Batch
+from newllm.files import reading, writing
 from newllm.runs import Run
 from newllm.training.arguments import training_arguments
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.callbacks import Clipping, Interrupt, Progress, RunLog, Throughput
 from newllm.training.carry import CarriedStates
-from newllm.training.checkpoints import Checkpoints, replace_folder, step_of, told
+from newllm.training.checkpoints import Checkpoints, replace_folder, step_of
 from newllm.training.config import TrainConfig
 from newllm.training.feed import AtStart, Batches, Feed, Place
-from newllm.training.groups import outside_memory, parameter_groups
+from newllm.training.groups import freeze_features, outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.schedules import staged_factor
+from newllm.training.slicing import Slicing
 
 
 class LanguageTrainer(Trainer):
@@ -64,6 +67,8 @@ class LanguageTrainer(Trainer):
         self._interrupt, self._throughput = Interrupt(), Throughput()
         self._carried = CarriedStates(model.config) if carry else None
         self._frozen = outside_memory(model) if config.memory_first else []
+        if config.freeze_features:
+            freeze_features(model)
         self._micro = 0
         self._resumed: Path | None = None
         super().__init__(
@@ -80,6 +85,10 @@ class LanguageTrainer(Trainer):
                 *([Progress(self._throughput)] if progress else []),
             ],
         )
+        self._slicing = None
+        if config.sequence_ranks > 1:
+            ranks, device = config.sequence_ranks, self.args.device.type
+            self._slicing = Slicing(model, ranks, self.args.world_size, device, carry=carry)
         if config.checkpointing:
             # Renamed in transformers 5.23; the old name goes with version 6.
             new = hasattr(model, "activation_checkpointing_enable")
@@ -90,7 +99,16 @@ class LanguageTrainer(Trainer):
 
     def _place(self) -> Place:
         read = self.state.global_step * self.config.accumulation
-        return Place(read, self.args.process_index, self.args.world_size)
+        return Place(read, self._reader, self._readers)
+
+    @property
+    def _reader(self) -> int:
+        """The number of this process among those that read different batches."""
+        return self.args.process_index // self.config.sequence_ranks
+
+    @property
+    def _readers(self) -> int:
+        return self.args.world_size // self.config.sequence_ranks
 
     @property
     def interrupted(self) -> int | None:
@@ -100,7 +118,7 @@ class LanguageTrainer(Trainer):
     @property
     def micro_batches(self) -> int:
         """Batches of one optimiser step over all processes."""
-        return self.config.accumulation * self.args.world_size
+        return self.config.accumulation * self._readers
 
     def fit(self, *, resume: bool = False) -> list[str]:
         """Train, from the newest intact checkpoint if there is one and ``resume`` asks for it.
@@ -150,12 +168,16 @@ class LanguageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
         """Cross-entropy of the next token, as the batch weighs it."""
-        self._throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
-        chosen = (self._micro * self.args.world_size + self.args.process_index) % self.micro_batches
+        self._throughput.tokens += inputs["input_ids"].numel() * self._readers
+        chosen = (self._micro * self._readers + self._reader) % self.micro_batches
         self._micro += 1
+        inputs = self._own(inputs)
         outputs = model(**self._model_inputs(inputs, self._carried, chosen))
         loss = batch_loss(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _own(self, inputs: Batch) -> Batch:
+        return inputs if self._slicing is None else self._slicing.own(inputs)
 
     @staticmethod
     def _model_inputs(inputs: Batch, carried: CarriedStates | None, chosen: int) -> dict[str, Any]:
@@ -241,8 +263,8 @@ class LanguageTrainer(Trainer):
         model.eval()
         carried = CarriedStates(model.config) if self._carried is not None else None
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for index in range(self.args.process_index, count, self.args.world_size):
-            inputs = self._prepare_inputs(batches.batch(index))
+        for index in range(self._reader, count, self._readers):
+            inputs = self._own(self._prepare_inputs(batches.batch(index)))
             with self.compute_loss_context_manager():
                 logits = model(**self._model_inputs(inputs, carried, index % self.micro_batches)).logits
             sums += counts(logits, inputs)
@@ -255,7 +277,11 @@ class LanguageTrainer(Trainer):
         """Write weights, configuration and tokenizer to the run's folder ``name``, all at once."""
         target = self.run.out / name
         temporary = target.with_name(f".{name}-saving")
-        with told("the model folder", target):
+        with writing(target, "the model folder"):
+            if self.args.should_save:
+                # What a killed process left there must not become part of this model.
+                shutil.rmtree(temporary, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             self.save_model(str(temporary), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -268,7 +294,7 @@ class LanguageTrainer(Trainer):
             self.checkpoints.clear_staging()
         self.accelerator.wait_for_everyone()
         try:
-            with told("the checkpoint", self.checkpoints.path(step)):
+            with writing(self.checkpoints.path(step), "the checkpoint"):
                 super()._save_checkpoint(model, trial)
                 torch.save(self._own_state(), staging / f"checkpoint-{step}" / self._own_name)
                 self.accelerator.wait_for_everyone()
@@ -300,11 +326,12 @@ class LanguageTrainer(Trainer):
         folder = self._resumed
         if folder is None or not (folder / self._own_name).is_file():
             return
-        own = torch.load(folder / self._own_name, map_location="cpu", weights_only=True)
-        if self._carried is not None:
-            self._carried.load_state_dict(own["carried"], self.args.device)
-        self._tr_loss += own["loss"].to(self._tr_loss.device)
-        self._globalstep_last_logged = own["last_logged"]
+        with reading("the checkpoint", folder):
+            own = torch.load(folder / self._own_name, map_location="cpu", weights_only=True)
+            if self._carried is not None:
+                self._carried.load_state_dict(own["carried"], self.args.device)
+            self._tr_loss += own["loss"].to(self._tr_loss.device)
+            self._globalstep_last_logged = own["last_logged"]
 
     def asked_to_stop(self) -> bool:
         """Whether any process got a signal."""

@@ -1,7 +1,6 @@
 """Configuration of the documents' Transformer."""
 
-from __future__ import annotations
-
+# Types are not postponed here: transformers checks fields against them.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -35,7 +34,7 @@ class BaselineConfig(PreTrainedConfig):
     num_hidden_layers: int = 6
     max_position_embeddings: int = 32
     dropout: float | int = 0.1
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = False
 

@@ -1,7 +1,6 @@
 """Configuration of Context-KV models."""
 
-from __future__ import annotations
-
+# Types are not postponed here: transformers checks fields against them.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -47,7 +46,7 @@ class ContextKVConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     attention_dropout: float | int = 0.1
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -1,7 +1,6 @@
 """Configuration of context language models."""
 
-from __future__ import annotations
-
+# Types are not postponed here: transformers checks fields against them.
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -55,7 +54,7 @@ class ContextLMConfig(PreTrainedConfig):
     input_tokens: int = 1
     embed_norm: bool | None = None
     tie_word_embeddings: bool | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
     eos_token_id: int | list[int] | None = 3

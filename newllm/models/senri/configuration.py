@@ -1,7 +1,6 @@
 """Configuration of Senri models."""
 
-from __future__ import annotations
-
+# Types are not postponed here: transformers checks fields against them.
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -38,6 +37,10 @@ class SenriConfig(LlamaConfig):
         rule: ``linear``, ``delta`` or ``gamma``.
         feature: ``elu1`` with initial ``feature_scale`` and ``feature_bias`` (1 and 0 are the paper's), or
             ``dpfp`` with ``feature_order``.
+        write_gate, memory_decay, short_conv: the write gate, decay and short convolution of
+            ``InfiniAttention``.
+        share_memory: one memory for all ``memory_layers``: each reads, as it was before a segment, what all
+            of them wrote (linear rule, no decay).
         memory_eps: least denominator of a memory's readout.
         detach, bptt_segments: how far gradients flow back through the memory.
         prefill_chunk: most tokens of one pass; longer inputs are read chunk by chunk.
@@ -54,14 +57,18 @@ class SenriConfig(LlamaConfig):
     segment: int | None = None
     memory_layers: list[int] | None = None
     layer_types: list[str] | None = None
-    gate: GateKind = "sigmoid"
-    rule: Rule = "linear"
-    feature: FeatureKind = "elu1"
-    feature_scale: float = 4.0
-    feature_bias: float = -4.0
+    gate: str = "sigmoid"
+    rule: str = "linear"
+    feature: str = "elu1"
+    feature_scale: float | int = 4.0
+    feature_bias: float | int = -4.0
     feature_order: int = 1
-    memory_eps: float = 1e-6
-    detach: Detach = "none"
+    write_gate: bool = False
+    memory_decay: float | int | None = None
+    short_conv: int | None = None
+    share_memory: bool = False
+    memory_eps: float | int = 1e-6
+    detach: str = "none"
     bptt_segments: int | None = None
     prefill_chunk: int = 32768
     attention_out_bias: bool = False
@@ -87,6 +94,11 @@ class SenriConfig(LlamaConfig):
         last = self.num_hidden_layers - 1
         if any(not 0 <= layer <= last for layer in self.memory_layers or ()):
             raise ValueError(f"memory_layers must lie between 0 and {last}, got {self.memory_layers}")
+        if self.share_memory and (self.rule != "linear" or self.memory_decay is not None):
+            raise ValueError(
+                f"share_memory needs rule 'linear' and memory_decay None, got {self.rule!r} and "
+                f"{self.memory_decay}"
+            )
         if self.prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
         if self.attention_dropout:
@@ -106,7 +118,7 @@ class SenriConfig(LlamaConfig):
         """Nothing to add: heads need not fill the hidden size, as they must in Llama."""
 
     @classmethod
-    def from_base(cls, base: Any, **overrides: Any) -> SenriConfig:
+    def from_base(cls, base: Any, **overrides: Any) -> "SenriConfig":
         """The configuration of a Llama, SmolLM, Mistral, Qwen2 or Qwen3 model with a window and memory.
 
         Raises ``ValueError`` for another family.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from newllm.models.senri.configuration import SenriConfig
+from newllm.models.senri.shared import collect, lend, segment_ends
 from newllm.modules.cache import InfiniCacheLayer, cache_layer
-from newllm.modules.gate import MemoryFeature, MemoryGate
+from newllm.modules.gate import MemoryDecay, MemoryFeature, MemoryGate
 from newllm.modules.infini_attention import InfiniAttention, padding_mask, rope_rows
 from newllm.modules.norm import RMSNorm
 from newllm.modules.rope_config import rotary_from_config
+from newllm.modules.short_conv import ShortConvolution
 from newllm.types import InfiniState
 
 
@@ -31,6 +34,8 @@ class SenriBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: SenriConfig, layer: int) -> None:
         super().__init__()
+        # The configuration has checked the choices.
+        choices: Any = {name: getattr(config, name) for name in ("gate", "rule", "feature", "detach")}
         self.self_attn = InfiniAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -39,19 +44,19 @@ class SenriBlock(GradientCheckpointingLayer):
             window=config.sliding_window,
             segment=config.segment,
             memory=layer in (config.memory_layers or ()),
-            gate=config.gate,
-            rule=config.rule,
-            feature=config.feature,
             feature_scale=config.feature_scale,
             feature_bias=config.feature_bias,
             feature_order=config.feature_order,
+            write_gate=config.write_gate,
+            decay=config.memory_decay,
+            short_conv=config.short_conv,
             eps=config.memory_eps,
-            detach=config.detach,
             bptt_segments=config.bptt_segments,
             rope_theta=None,
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             qk_norm=config.rms_norm_eps if config.qk_norm else None,
+            **choices,
         )
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -92,15 +97,15 @@ class SenriPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {"hidden_states": SenriBlock}
-    _keep_in_fp32_modules_strict = ["memory_gate", "memory_feature"]
+    _keep_in_fp32_modules_strict = ["memory_gate", "memory_feature", "memory_decay"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MemoryGate):
             initialization.zeros_(module.weight)
-        elif isinstance(module, MemoryFeature) and module.kind == "elu1":
-            initialization.constant_(module.scale, module.initial[0])
-            initialization.constant_(module.bias, module.initial[1])
+        elif isinstance(module, MemoryFeature | MemoryDecay | ShortConvolution):
+            for name, value in module.starts().items():
+                initialization.constant_(getattr(module, name), value)
 
 
 class SenriModel(SenriPreTrainedModel):
@@ -113,6 +118,8 @@ class SenriModel(SenriPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = rotary_from_config(config)
         self.gradient_checkpointing = False
+        # Whether this process holds a slice of each sequence, behind another's.
+        self.sliced = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -144,18 +151,24 @@ class SenriModel(SenriPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         caches = _layers(past_key_values, len(self.layers))
+        if caches:
+            # What compiled decoding will look for, where it can still be made.
+            self.rotary.kept(self._ring, hidden_states)
         states = [cache.read(len(hidden_states)) for cache in caches] or [None] * len(self.layers)
         if isinstance(attention_mask, dict):
             padding = attention_mask["padding"]
         else:
             padding = padding_mask(attention_mask, tokens)
-        chunk = self.config.prefill_chunk
-        if segment_weight is not None and tokens > chunk:
-            raise ValueError(f"segment_weight needs at most prefill_chunk ({chunk}) tokens, got {tokens}")
+        pieces = self._pieces(tokens, states[0], padding)
+        if segment_weight is not None and (len(pieces) > 1 or self.config.share_memory):
+            raise ValueError(
+                f"segment_weight needs memories of their own and at most prefill_chunk "
+                f"({self.config.prefill_chunk}) tokens, got {tokens}"
+            )
         outputs = []
-        for start in range(0, tokens, chunk):
-            part = None if padding is None else padding[:, start : start + chunk]
-            out, states = self._read(hidden_states[:, start : start + chunk], part, states, segment_weight)
+        for start, stop in pieces:
+            part = None if padding is None else padding[:, start:stop]
+            out, states = self._read(hidden_states[:, start:stop], part, states, segment_weight)
             outputs.append(out)
         for cache, state in zip(caches, states, strict=False):
             assert state is not None
@@ -164,6 +177,23 @@ class SenriModel(SenriPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    @property
+    def _ring(self) -> int:
+        """Tokens that a window reaches, the new one among them."""
+        return self.config.sliding_window or self.config.segment  # type: ignore[no-any-return]
+
+    def _pieces(
+        self, tokens: int, state: InfiniState | None, padding: Tensor | None
+    ) -> list[tuple[int, int]]:
+        """First token of each piece that is read at once, and the one behind its last."""
+        chunk = tokens if self.sliced else self.config.prefill_chunk
+        stops = set(range(chunk, tokens, chunk))
+        if self.config.share_memory and tokens > 1:
+            assert self.config.segment is not None
+            position = None if state is None else state.position
+            stops |= segment_ends(position, padding, tokens, self.config.segment)
+        return list(pairwise([0, *sorted(stops), tokens]))
 
     def _read(
         self,
@@ -174,14 +204,17 @@ class SenriModel(SenriPreTrainedModel):
     ) -> tuple[Tensor, list[InfiniState | None]]:
         """All layers over one chunk."""
         tokens, continued = hidden_states.shape[1], states[0] is not None
-        ring = self.config.sliding_window or self.config.segment
-        rope = self.rotary(rope_rows(tokens, ring, continued), hidden_states)
-        in_place = continued and tokens == 1 and not torch.is_grad_enabled()
+        rows = tokens + self._ring if self.sliced else rope_rows(tokens, self._ring, continued)
+        sharing = self.config.memory_layers or () if self.config.share_memory else ()
+        in_place = continued and tokens == 1 and not (self.sliced or sharing or torch.is_grad_enabled())
+        table = self.rotary.kept if in_place else self.rotary
+        rope = table(rows, hidden_states)
+        states = lend(states, sharing)
         after: list[InfiniState | None] = []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state = layer(hidden_states, rope, padding, state, in_place, segment_weight)
             after.append(state)
-        return hidden_states, after
+        return hidden_states, collect(states, after, sharing)
 
 
 def _layers(cache: Cache | None, count: int) -> list[InfiniCacheLayer]:

@@ -1,0 +1,53 @@
+"""Results as lines of JSON that several runs append to; a cell that is there is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from newllm.files import read_rows, replace_file
+
+Row = dict[str, Any]
+IDENTITY = ("suite", "model", "weights", "memory", "length", "depth", "samples", "seed")
+"""What makes two rows the same measurement."""
+
+
+class RowFile:
+    """The rows of ``path``, which need not exist; a last line that was cut off counts for none."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        exists = self.path.exists()
+        self.rows: list[Row] = read_rows(self.path, dict) if exists else []
+        self._cut_off = exists and self.path.read_bytes()[-1:] not in (b"", b"\n")
+
+    def find(self, identity: Mapping[str, Any]) -> Row | None:
+        """The last row that agrees with ``identity`` in all that it names."""
+        wanted = dict(identity).items()
+        return next(
+            (row for row in reversed(self.rows) if all(row.get(key) == value for key, value in wanted)), None
+        )
+
+    def append(self, row: Row) -> None:
+        """Add ``row`` to the file at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._cut_off:
+            whole, self._cut_off = "".join(f"{json.dumps(old)}\n" for old in self.rows), False
+            replace_file(self.path, lambda path: path.write_text(whole, encoding="utf-8"))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that tell the weights of ``model`` from others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,284 @@
+"""Streams side by side in one model: their states at fixed addresses, read in chunks, continued by steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from newllm.models.context_kv.modeling import ContextKVForCausalLM
+from newllm.models.context_lm.modeling import ContextLMForCausalLM
+from newllm.models.sampling import RECENT_TOKENS
+from newllm.models.senri.modeling import SenriForCausalLM
+from newllm.models.stepping import Step, StepGraph
+from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
+from newllm.types import ContextState, InfiniState
+
+Model = SenriForCausalLM | ContextLMForCausalLM | ContextKVForCausalLM
+State = InfiniState | ContextState
+Compile = Literal["none", "graph", "full"]
+
+
+class Snapshot(NamedTuple):
+    """All that a session remembers; keep it as long as you like, restore it as often as you like.
+
+    ``states`` per layer (one of a context model), ``hidden [B, hidden_size]`` after the last token (None
+    before the first), ``pending [B]`` tokens that were sampled but not yet read (-1: none),
+    ``recent [B, <= 50]`` tokens (-1: none).
+    """
+
+    states: tuple[State | None, ...]
+    hidden: Tensor | None
+    pending: Tensor
+    recent: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Snapshot:
+        """The snapshot with ``function`` applied to each tensor it has."""
+        return Snapshot(
+            tuple(None if state is None else state.map(function) for state in self.states),
+            None if self.hidden is None else function(self.hidden),
+            function(self.pending),
+            function(self.recent),
+        )
+
+    def row(self, row: int) -> Snapshot:
+        """Row ``row`` alone, copied."""
+        return self.map(lambda tensor: tensor[row : row + 1].clone())
+
+    def nbytes(self) -> int:
+        """Bytes of the layers' states."""
+        return sum(state.nbytes() for state in self.states if state is not None)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise TypeError(
+            f"model must be a SenriForCausalLM (see newllm.convert) or a context model, got {kind}"
+        )
+
+
+class Streams:
+    """``rows`` streams of ``model``; the tensors of their states stay where they are.
+
+    Args:
+        model: a Senri, Context LM or Context-KV model.
+        rows: streams side by side.
+        compile: ``none``; ``graph`` replays a step from a CUDA graph; ``full`` compiles it first (on a CPU
+            it is compiled only).
+
+    Raises:
+        TypeError: for another kind of model. ValueError: for ``graph`` or ``full`` where they cannot be.
+    """
+
+    def __init__(self, model: Model, rows: int, *, compile: Compile = "none") -> None:
+        _check_model(model)
+        if compile not in get_args(Compile):
+            raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
+        if compile != "none" and isinstance(model, ContextKVForCausalLM):
+            raise ValueError(f"compile must be 'none' for Context-KV, whose slots grow, got {compile!r}")
+        if compile == "graph" and model.device.type != "cuda":
+            raise ValueError(f"compile='graph' needs a CUDA device, got a model on {model.device}")
+        self.model, self.rows, self.compile = model, rows, compile
+        kind = InfiniCacheLayer if isinstance(model, SenriForCausalLM) else ContextCacheLayer
+        layers = model.config.num_hidden_layers if kind is InfiniCacheLayer else 1
+        static = not isinstance(model, ContextKVForCausalLM)
+        self._kind = kind
+        self._cache = Cache(layers=[kind(static=static, counted=False) for _ in range(layers)])
+        head: Any = model.lm_head
+        self.hidden = torch.zeros(rows, head.in_features, dtype=model.dtype, device=model.device)
+        self.pending = torch.full((rows,), -1, dtype=torch.int64, device=model.device)
+        self.recent = self.pending[:, None].repeat(1, RECENT_TOKENS)
+        self._step: Step | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._cache.reset()
+        self.hidden.zero_()
+        self.pending.fill_(-1)
+        self.recent.fill_(-1)
+
+    @property
+    def states(self) -> tuple[State | None, ...]:
+        """The states of all layers, not copied; None before the first token."""
+        return tuple(layer.read(self.rows) for layer in self._layers)
+
+    @property
+    def started(self) -> bool:
+        """Whether any row has read anything."""
+        return self._layers[0].state is not None
+
+    @property
+    def _layers(self) -> list[InfiniCacheLayer]:
+        return [cache_layer(self._cache, index, self._kind) for index in range(len(self._cache.layers))]
+
+    def positions(self) -> list[int]:
+        """Tokens read so far, per row."""
+        state = self._layers[0].state
+        return [0] * self.rows if state is None else list(state.position.tolist())
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """Read ``tokens [B, T]`` where they are ``real``; hidden states ``[B, T, hidden_size]``."""
+        out = self.model.model(tokens, attention_mask=real, past_key_values=self._cache, use_cache=True)
+        hidden: Tensor = out.last_hidden_state
+        last = (real.sum(1) - 1).clamp(min=0)
+        latest = hidden[torch.arange(len(last), device=last.device), last]
+        self.hidden.copy_(torch.where(real.any(1)[:, None], latest, self.hidden))
+        self.recent.copy_(_latest(self.recent, tokens, real))
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor | None = None) -> Tensor:
+        """Logits ``[..., vocabulary]``, float32 or more, of ``hidden [..., hidden_size]`` (None: latest)."""
+        logits: Tensor = self.model.lm_head(self.hidden if hidden is None else hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def step(self, tokens: Tensor, active: Tensor) -> Tensor:
+        """Read one token ``[B]`` in the ``active [B]`` rows.
+
+        Returns logits ``[B, vocabulary]``, valid until the next step. All rows must hold a state, see
+        ``read`` and ``put``. Fewer than all rows are the first ones, the others are left alone; where
+        ``whole_steps`` is set, there may not be fewer.
+        """
+        if self._step is None:
+            self._step = self._made()
+        return self._step(tokens, active)
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether a step takes all rows: what is compiled has one shape, and what grows is no view."""
+        return self.compile != "none" or isinstance(self.model, ContextKVForCausalLM)
+
+    def _made(self) -> Step:
+        step: Step = self._forward
+        if self.compile == "full":
+            # One row times a matrix is a reduction, fused with the norm before it and the sum behind it, and
+            # fast once its tiles are tuned.
+            tuned: Any = {"coordinate_descent_tuning": True} if self.model.device.type == "cuda" else None
+            step = torch.compile(step, fullgraph=True, dynamic=False, options=tuned)
+        if self.compile != "none" and self.model.device.type == "cuda":
+            step = StepGraph(step, self.pending)
+        return step
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor, active: Tensor) -> Tensor:
+        rows = len(tokens)
+        cache = self._cache if rows == self.rows else self._first(rows)
+        hidden, recent = self.hidden[:rows], self.recent[:rows]
+        out = self.model.model(
+            tokens[:, None], attention_mask=active[:, None], past_key_values=cache, use_cache=True
+        )
+        latest = torch.where(active[:, None], out.last_hidden_state[:, 0], hidden)
+        hidden.copy_(latest)
+        moved = torch.cat([recent[:, 1:], tokens[:, None]], 1)
+        recent.copy_(torch.where(active[:, None], moved, recent))
+        return self.logits(latest)
+
+    def _first(self, rows: int) -> Cache:
+        """The states of the first ``rows`` rows: what is written to them is written to the whole."""
+        layers = [self._kind(static=True, counted=False) for _ in self._layers]
+        for layer, whole in zip(layers, self._layers, strict=True):
+            assert whole.state is not None
+            layer.state = whole.state.map(lambda tensor: tensor[:rows])
+        return Cache(layers=layers)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all rows."""
+        return self._view().map(torch.clone)
+
+    def take(self, row: int) -> Snapshot:
+        """A copy of one row."""
+        return self._view().row(row)
+
+    def _view(self) -> Snapshot:
+        return Snapshot(self.states, self.hidden if self.started else None, self.pending, self.recent)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from ``snapshot``, copying it; raises ``ValueError`` where it does not fit."""
+        self._check(snapshot, self.rows)
+        self.reset()
+        with torch.no_grad():
+            for layer, state in zip(self._layers, snapshot.states, strict=True):
+                if state is not None:
+                    # Copied for the layers that would keep the very tensors.
+                    layer.write(state.map(torch.clone), 0)  # type: ignore[arg-type]
+            for mine, given in zip(self._view()[1:], snapshot[1:], strict=True):
+                if mine is not None and given is not None:
+                    mine.copy_(given)
+
+    def put(self, row: int, snapshot: Snapshot) -> None:
+        """Let row ``row`` go on from a ``snapshot`` of one row that has read something; others stay.
+
+        Raises ``ValueError`` where it does not fit.
+        """
+        self._check(snapshot, 1)
+        if snapshot.hidden is None:
+            raise ValueError("snapshot must be of a session that has read a token, got an empty one")
+        with torch.no_grad():
+            for layer, state in zip(self._layers, snapshot.states, strict=True):
+                assert state is not None
+                held: Any = layer.state
+                if held is None:
+                    held = state.map(lambda one: one.new_zeros(self.rows, *one.shape[1:]))
+                layer.write(_with_row(held, row, state), 0)
+            for mine, given in (
+                (self.hidden, snapshot.hidden),
+                (self.pending, snapshot.pending),
+                (self.recent, snapshot.recent),
+            ):
+                mine[row] = given[0]
+
+    def _check(self, snapshot: Snapshot, rows: int) -> None:
+        layers = len(self._cache.layers)
+        if len(snapshot.states) != layers:
+            raise ValueError(f"snapshot must hold {layers} layers, got {len(snapshot.states)}")
+        if len(snapshot.pending) != rows:
+            raise ValueError(f"snapshot must hold {rows} rows, got {len(snapshot.pending)}")
+        config: Any = self.model.config
+        shape: tuple[int, ...]
+        if self._kind is InfiniCacheLayer:
+            ring = config.sliding_window or config.segment
+            name, shape = "keys", (rows, config.num_key_value_heads, ring, config.head_dim)
+        else:
+            name, shape = "contexts", (rows, config.context_dim)
+        for state in snapshot.states:
+            if state is not None:
+                found = state.context if isinstance(state, ContextState) else state.keys
+                if found.shape != shape:
+                    raise ValueError(f"snapshot must hold {name} of shape {shape}, got {tuple(found.shape)}")
+
+
+def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+    """The last of ``recent`` and the real ones of ``tokens``, oldest first."""
+    joined = torch.cat([recent, tokens.masked_fill(~real, -1)], 1)
+    kept = torch.cat([torch.ones_like(recent, dtype=torch.bool), real], 1)
+    order = kept.to(torch.int8).argsort(dim=1, stable=True)
+    return joined.gather(1, order)[:, -recent.shape[1] :]
+
+
+def _with_row(states: Any, row: int, state: State) -> Any:
+    """``states`` with its row ``row`` from ``state`` of one row; in place where the sizes allow."""
+    if isinstance(states, ContextState) and isinstance(state, ContextState) and states.slots is not None:
+        assert state.slots is not None
+        width = max(states.slots.shape[1], state.slots.shape[1])
+        states, state = _widened(states, width), _widened(state, width)
+    for held, given in zip(states, state, strict=True):
+        if held is not None and given is not None:
+            held[row] = given[0]
+    return states
+
+
+def _widened(state: ContextState, width: int) -> ContextState:
+    """``state`` with empty slots before its own, ``width`` in all."""
+    assert state.slots is not None and state.keys is not None and state.values is not None
+    missing = width - state.slots.shape[1]
+    pad = torch.nn.functional.pad
+    return state._replace(
+        slots=pad(state.slots, (missing, 0), value=-1),
+        keys=pad(state.keys, (0, 0, missing, 0)),
+        values=pad(state.values, (0, 0, missing, 0)),
+    )

@@ -1,0 +1,80 @@
+"""From a request to a job: the session it goes on from, the tokens it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from newllm.models.sampling import Sampling
+from newllm.models.streams import Snapshot
+from newllm.models.turns import following, opening, stop_of, text_ids
+from newllm.serving.engine import Engine
+from newllm.serving.jobs import Job
+from newllm.serving.protocol import ChatRequest, CompletionRequest, Refused
+
+
+def prepared(
+    engine: Engine,
+    asked: CompletionRequest | ChatRequest,
+    sampling: Sampling,
+    most: int,
+    deadline: float,
+) -> Job:
+    """The job of a request; it holds the request's session until it ends.
+
+    Args:
+        engine: will answer.
+        asked: the request.
+        sampling: where the request does not say.
+        most: tokens of an answer.
+        deadline: when it is ended, by ``time.monotonic()``.
+
+    Raises:
+        Refused: for a prompt that cannot be read. InUse, ValueError: as ``Engine.claim``.
+    """
+    ways = asked.sampling(sampling)
+    start = None if asked.session is None else engine.claim(asked.session)
+    try:
+        ids = _read(engine, asked, start)
+        if start is None and not len(ids):
+            raise Refused("prompt must hold a token where nothing was read before, got none", "prompt")
+    except BaseException:
+        engine.release(asked.session)
+        raise
+    ends = [stop_of(engine.tokenizer)] if isinstance(asked, ChatRequest) else []
+    return Job(
+        ids,
+        tell=lambda event: None,
+        max_tokens=min(most, asked.limit(most)),
+        sampling=ways,
+        seed=asked.seed,
+        stops=(*asked.stop, *(end for end in ends if end)),
+        start=start,
+        name=asked.session,
+        deadline=deadline,
+    )
+
+
+def _read(engine: Engine, asked: CompletionRequest | ChatRequest, start: Snapshot | None) -> torch.Tensor:
+    tokenizer = engine.tokenizer
+    begun = start is not None and start.hidden is not None
+    if isinstance(asked, ChatRequest):
+        turns = [message.turn() for message in asked.messages]
+        if not begun:
+            return opening(tokenizer, turns)
+        assert start is not None
+        closed = int(start.pending[0]) == tokenizer.eos_token_id
+        return _plain(tokenizer, following(tokenizer, turns, closed=closed))
+    prompt = asked.text()
+    if isinstance(prompt, str):
+        return _plain(tokenizer, prompt) if begun else text_ids(tokenizer, prompt)
+    last = engine.model.config.vocab_size - 1
+    if any(not 0 <= token <= last for token in prompt):
+        raise Refused(f"prompt must hold token ids from 0 to {last}", "prompt")
+    return torch.tensor(prompt, dtype=torch.int64)
+
+
+def _plain(tokenizer: Any, text: str) -> torch.Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)

@@ -1,0 +1,78 @@
+"""Training batches of suites in words: what is hidden in text is asked for at its end."""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from newllm.data.recall.drafts import Language, written
+from newllm.data.recall.prompts import Written, cell_seed
+from newllm.data.recall.suites import drafting
+from newllm.training.config import TaskConfig
+from newllm.training.dilution import diluted
+
+
+class SuiteBatches:
+    """Batches of the ``suites`` of ``config`` along its curriculum of lengths, each a function of its number.
+
+    Dicts of ``input_ids``, ``loss_weight`` and ``segment_weight`` like those of ``NeedleBatches``: answers
+    count 1 in all, the text before them ``text_weight``. ``edge``, ``near`` and ``shift`` are what they are
+    there: shares of samples whose first needle stands at the start or in the last tenth of the text, and
+    questions that stand anywhere in a segment. ``straddle`` is left to chance: needles are long.
+
+    Raises:
+        ValueError: for a suite that is not written in words, or a length too short for its prompts.
+    """
+
+    def __init__(self, words: Language, config: TaskConfig, *, segment: int, steps: int, seed: int) -> None:
+        self.words, self.config, self.segment, self.steps, self.seed = words, config, segment, steps, seed
+        self.drafts = [drafting(name)[0] for name in config.suites]
+        self._row(min(config.lengths), 0, 0)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of ``step``."""
+        config, progress = self.config, step / self.steps
+        length = config.lengths[min(int(progress * len(config.lengths)), len(config.lengths) - 1)]
+        rows = max(1, min(config.tokens_per_step // length, config.max_rows))
+        made = [self._row(length, step, row) for row in range(rows)]
+        ids, weight, kept = (torch.stack(parts) for parts in zip(*made, strict=True))
+        plain = (weight == 0).float()
+        weight = weight / weight.sum() + plain * (config.text_weight / float(plain.sum()))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        batch = {"input_ids": ids, "loss_weight": weight}
+        return batch | diluted(kept, config.dilution, progress, generator)
+
+    def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
+        random = Random(cell_seed("train", self.seed, step, row))
+        draft = self.drafts[random.randrange(len(self.drafts))](self._depth(random), random)
+        answer = sum(len(self.words.encode(f" {part}")) for part in draft.answer)
+        answer += (len(draft.answer) - 1) * len(self.words.encode(draft.glue))
+        most = min(self.segment, length // 4) if self.config.shift else 1
+        behind = random.randrange(most)
+        made = written(self.words, draft, length - answer - behind, random)
+        return self._filled(made, length, random)
+
+    def _depth(self, random: Random) -> float | None:
+        lot = random.random()
+        if lot < self.config.edge:
+            return 0.0
+        return 1 - random.random() / 10 if lot < self.config.edge + self.config.near else None
+
+    def _filled(self, made: Written, length: int, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompt, its answer, and filler behind it."""
+        answer = torch.tensor([token for piece in made.pieces for token in piece])
+        end = len(made.prompt) + len(answer)
+        index = (random.randrange(len(self.words.filler)) + torch.arange(length - end)) % len(
+            self.words.filler
+        )
+        ids = torch.cat([made.prompt, answer, self.words.filler[index]])
+        weight = torch.zeros(length)
+        weight[len(made.prompt) : end] = 1.0
+        first = torch.arange(0, length, self.segment)
+        kept = torch.zeros(len(first), dtype=torch.bool)
+        for start, stop in made.spans:
+            kept |= (first < stop) & (first + self.segment > start)
+        return ids, weight, kept

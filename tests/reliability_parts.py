@@ -1,0 +1,134 @@
+"""Long checks in parts of minutes: which are done, who judges them, what is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from newllm import backend
+from newllm.evaluation.rows import Row as Result, RowFile
+from newllm.runs import provenance
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+class Options(NamedTuple):
+    """What the command was told: how much, where, for how long."""
+
+    device: str
+    minutes: float
+    jobs: int
+    count: int | None
+    part: str | None
+    out: Path
+    resume: bool = False
+    k: str | None = None
+    arguments: tuple[str, ...] = ()
+
+    def parts(self, total: int) -> list[str]:
+        """The names of ``total`` parts, or the one that was asked for."""
+        return [self.part] if self.part else [f"{number}/{total}" for number in range(1, total + 1)]
+
+
+class Verdict(NamedTuple):
+    """What became of one row: the share of its error bar that it took, in how many looks, or why it fails."""
+
+    row: str
+    family: str
+    share: float
+    looks: int
+    failure: str | None = None
+
+
+def prepare(device: str) -> None:
+    """Make this process one that judges rows: one thread, and without a GPU the interpreter's kernels.
+
+    To be called before a kernel's file is imported, with TRITON_INTERPRET set where ``device`` is "cpu".
+    """
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return
+    for op, devices in backend.FUSED.items():
+        if op != "context_sweep":
+            backend.FUSED[op] = devices | {"cpu"}
+
+
+def facts(device: str) -> dict[str, Any]:
+    """What every result says of where it comes from."""
+    found = provenance(0)
+    names = [str(each) for each in backend.devices()]
+    gpu = torch.cuda.get_device_name(0) if device == "cuda" and len(names) > 1 else "cpu"
+    return {"device": gpu, **{key: found[key] for key in ("torch", "triton", "commit", "date")}}
+
+
+def judged_by_many(
+    judge: Callable[[Any], list[Verdict]], tasks: Iterable[Any], device: str, jobs: int
+) -> Iterator[list[Verdict]]:
+    """``judge`` of every task, by ``jobs`` processes; a task that raises is a failure of its own."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (device,)) as pool:
+        waiting: dict[Future[list[Verdict]], Any] = {pool.submit(judge, task): task for task in tasks}
+        for future, task in waiting.items():
+            error = future.exception()
+            told = f"{type(error).__name__}: {error}"
+            yield [Verdict(str(task), "broken", 0.0, 0, told)] if error else future.result()
+
+
+def summary(verdicts: Iterable[Verdict]) -> Result:
+    """Counts, the largest share and its row, failures by name."""
+    found = list(verdicts)
+    worst = max(found, key=lambda each: each.share)
+    families = sorted({each.family for each in found})
+    return {
+        "rows": len(found),
+        "families": {name: sum(each.family == name for each in found) for name in families},
+        "worst_share": round(worst.share, 4),
+        "worst_row": worst.row,
+        "second_looks": [each.row for each in found if each.looks > 1],
+        "failures": [f"{each.row}: {each.failure}" for each in found if each.failure],
+    }
+
+
+def shown(row: Result) -> str:
+    """A result as one line: lists by their lengths, but failures in full."""
+    short = {key: len(each) if isinstance(each, list | dict) else each for key, each in row.items()}
+    return " ".join([json.dumps(short), *map(str, row.get("failures", []))])
+
+
+def in_parts(
+    suite: str,
+    parts: Iterable[str],
+    run: Callable[[str], Result],
+    options: Options,
+) -> bool:
+    """Run those of ``parts`` that ``suite``'s file lacks for this device, one after the other, in time.
+
+    A part is begun when the longest one so far would end in time. Returns whether all that it ran held.
+    """
+    results = RowFile(options.out / f"{suite}.jsonl")
+    began, longest, held = time.perf_counter(), 0.0, True
+    where, left = facts(options.device), 0
+    for part in parts:
+        identity = {"suite": suite, "part": part, "device": where["device"], "torch": where["torch"]}
+        done = results.find(identity)
+        if done is not None and not done.get("failures") and not options.part:
+            continue
+        spent = time.perf_counter() - began
+        if spent and longest and spent + longest > 60 * options.minutes:
+            left += 1
+            continue
+        start = time.perf_counter()
+        row = run(part)
+        longest = max(longest, time.perf_counter() - start)
+        results.append({**identity, **row, "seconds": round(time.perf_counter() - start, 1), **where})
+        print(f"{suite} {part}: {shown(row)}", flush=True)
+        held &= not row.get("failures")
+    print(f"{suite}: {left} parts left; say it again to go on" if left else f"{suite}: all parts are done")
+    return held

@@ -1,0 +1,208 @@
+"""The part ``sanitize`` of ``python -m benchmarks.reliability``: kernels under NVIDIA's compute-sanitizer.
+
+Every option of every operator once in every dtype, forwards and backwards, at small odd sizes: together they
+launch every kernel. The part compiles them first, then lets each tool see all of them in parts; options that
+it does not know go to compute-sanitizer, and ``--dry-run`` prints what it would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm.evaluation.rows import RowFile
+from tests.reliability_parts import Options, in_parts, judged_by_many
+from tests.row_families import DTYPES, FAMILIES, Row, Sizes, judged_gradients
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PARTS = 10
+# The exit status with which a tool says that it found something.
+FOUND = 66
+_WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
+_HEADS = {"batch": 2, "heads": 4, "kv_heads": 2}
+_LENGTHS = {"tokens": 37, "window": 21, "segment": 17, "before": 43}
+# Few rows and many, one layer and several, widths beyond a cluster: what the kernels differ in.
+_SWEPT: dict[str, list[Sizes]] = {
+    "context": [
+        {"batch": batch, "tokens": 5, "input": 5, "width": width, "layers": layers}
+        for batch, width, layers in
+        [(1, 33, 1), (1, 768, 1), (3, 257, 1), (9, 768, 1), (30, 129, 1), (130, 96, 1), (3, 129, 2),
+         (2, 1100, 1)]
+    ],
+    "gated": [
+        {"batch": batch, "tokens": 4, "input": 5, "width": width, "hidden": hidden, "layers": deeper}
+        for batch, width, hidden, deeper in [(1, 32, 70, 1), (9, 100, 33, 0), (3, 129, 64, 3)]
+    ],
+}  # fmt: skip
+SWEEPS = {
+    f"{cell}{direction} {kernel} {dtype}"
+    for cell, kernel, dtypes in (
+        ("Context", "cluster", ("float32", "bfloat16")),
+        ("Context", "tensor", ("bfloat16",)),
+        ("Context", "grid", ("float32", "bfloat16")),
+        ("Gated", "grid", ("float32", "bfloat16")),
+    )
+    for dtype in dtypes
+    for direction in ("Forward", "Adjoint")
+}
+
+
+def rows() -> list[Row]:
+    """The named list: at most 300."""
+    return [*_rows()]
+
+
+def _rows() -> Iterator[Row]:
+    widths = cycle(_WIDTHS)
+    for name, family in FAMILIES.items():
+        for option in family.options:
+            for dtype in DTYPES:
+                if name == "context_sweep":
+                    yield from (Row(name, option, dtype, sizes, 0) for sizes in _SWEPT[option])
+                    continue
+                key, value = next(widths)
+                lengths = {x: n for x, n in _LENGTHS.items() if name in ("layer", "window") or x != "before"}
+                if "local" in option:
+                    lengths["window"] = lengths["segment"]
+                yield Row(name, option, dtype, {**_HEADS, "key": key, "value": value, **lengths}, 0)
+
+
+def kernels() -> set[str]:
+    """The Triton kernels there are, by name."""
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    lines = [line for path in folder.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
+    names = (line.removeprefix("def ").split("(")[0] for line in lines if line.startswith("def _"))
+    return {name for name in names if name.endswith("_kernel")}
+
+
+class Launched:
+    """While it is entered, the kernels that are launched, by name and dtype; ``skip``: none is run."""
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip, self.found = skip, set[str]()
+        self.dtype = ""
+
+    def __enter__(self) -> Launched:
+        from newllm.kernels import rotate
+        from newllm.ops import native
+
+        self._kind: Any = type(rotate._rotate_kernel)
+        self._native: Any = native
+        self._replaced = run, planned = self._kind.run, native.planned
+
+        def launched(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            self.found.add(f"{kernel.fn.__name__} {self.dtype}")
+            return None if self.skip else run(kernel, *args, **kwargs)
+
+        def counted(kind: str, *args: Any, **kwargs: Any) -> Any:
+            plan = planned(kind, *args, **kwargs)
+            self.found.add(f"{kind} {plan.kernel} {str(args[2]).removeprefix('torch.')}")
+            return plan
+
+        self._kind.run, native.planned = launched, counted  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._kind.run, self._native.planned = self._replaced
+
+    def run(self, row: Row, device: str) -> None:
+        """Results and gradients of a row by the kernels."""
+        self.dtype = str(row.dtype).removeprefix("torch.")
+        case = FAMILIES[row.family].case(row.option)
+        inputs = case.inputs("changed", row.dtype, device=device, seed=row.seed, **row.sizes)
+        call = partial(case.call, function=partial(case.public, backend="fused"))
+        case.results(call, inputs, judged_gradients(row, inputs) or device == "cuda")
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+
+def missing(found: set[str]) -> list[str]:
+    """The kernels, by dtype, that ``found`` lacks."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    return sorted(({f"{name} {dtype}" for name in kernels() for dtype in dtypes} | SWEEPS) - found)
+
+
+def run_rows(options: Options) -> bool:
+    """The rows of one part, in this process; names what it launched in ``out``/kernels.json."""
+    mine = _mine(options.part or "1/1")
+    with Launched() as launched:
+        for row in mine:
+            print(row, flush=True)
+            launched.run(row, options.device)
+    (options.out / "kernels.json").write_text(json.dumps(sorted(launched.found)), encoding="utf-8")
+    return True
+
+
+def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list[str]:
+    """How a part is run under a tool."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *others]
+    row = [sys.executable, "-m", "benchmarks.reliability", "sanitize-rows", "--device", "cuda"]
+    return [*sanitizer, *row, "--part", part, "--out", str(folder)]
+
+
+def sanitize(options: Options) -> bool:
+    """Every tool over every part of the rows; a row of results for each."""
+    others = tuple(word for word in options.arguments if word != "--dry-run")
+    parts = [(tool, f"{number}/{PARTS}") for tool in TOOLS for number in range(1, PARTS + 1)]
+    if "--dry-run" in options.arguments:
+        for tool, part in parts:
+            print(" ".join(command(tool, part, Path("FOLDER"), others)))
+        return True
+    if options.device != "cuda":
+        raise RuntimeError("sanitize needs a CUDA device; --dry-run prints what it would run")
+    if shutil.which("compute-sanitizer") is None:
+        raise FileNotFoundError("compute-sanitizer is not on the path; the CUDA toolkit has it")
+    # Triton compiles on the host, slowly under a tool; its cache serves all of them.
+    shares = [f"{number}/{4 * PARTS}" for number in range(1, 4 * PARTS + 1)]
+    broken = [each for some in judged_by_many(_compile, shares, "cuda", options.jobs) for each in some]
+    if broken:
+        raise RuntimeError(f"rows fail without any tool: {broken}")
+
+    def run(name: str) -> dict[str, object]:
+        tool, part = name.split()
+        with tempfile.TemporaryDirectory() as folder:
+            # Each tensor in memory of its own, or a neighbour would hide what lies outside.
+            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            done = subprocess.run(
+                command(tool, part, Path(folder), others),
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            told = Path(folder) / "kernels.json"
+            found = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
+        status = f"exit status {done.returncode}"
+        failures = [] if done.returncode == 0 else [status, *said[:40], done.stderr[-500:]]
+        return {"rows": len(_mine(part)), "kernels": found, "said": said[-1:], "failures": failures}
+
+    held = in_parts("sanitizer", [f"{tool} {part}" for tool, part in parts], run, options)
+    done = RowFile(options.out / "sanitizer.jsonl").rows
+    for tool in TOOLS:
+        seen = {name for row in done if row["part"].startswith(tool) for name in row["kernels"]}
+        if lacking := missing(seen):
+            print(f"{tool} has not seen {', '.join(lacking)}")
+            held = False
+    return held
+
+
+def _compile(part: str) -> list[Any]:
+    with Launched() as launched:
+        for row in _mine(part):
+            launched.run(row, "cuda")
+    return []
+
+
+def _mine(part: str) -> list[Row]:
+    """Neighbours in the list are of one option; a part has some of each."""
+    number, parts = (int(each) for each in part.split("/"))
+    return rows()[number - 1 :: parts]

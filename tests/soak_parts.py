@@ -1,0 +1,197 @@
+"""The parts ``soak`` and ``sessions`` of ``python -m benchmarks.reliability``: streams that hardly end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm import Session
+from newllm.evaluation.process import resident_bytes
+from newllm.evaluation.rows import RowFile
+from newllm.models import ContextLMConfig, ContextLMForCausalLM
+from newllm.models.streams import Snapshot
+from tests.reliability_parts import Options, facts, in_parts
+from tests.tiny_models import SIZES, VOCABULARY, tiny_senri
+
+SESSIONS = 10_000
+# Memory is flat if its last quarter's median is no larger than the first quarter's by this share.
+FLAT = 0.01
+# Tokens that are read before anything is measured, and between two measurements.
+WARM, STEP = 4096, 2048
+_SENRI = {**SIZES, "num_hidden_layers": 2, "memory_layers": [0, 1], "sliding_window": 64, "segment": 32}
+
+
+def _context() -> Any:
+    """A gated context model that forgets: with little weight on its context it does not become chaotic."""
+    config = ContextLMConfig(vocab_size=VOCABULARY, embed_dim=32, context_dim=32, hidden_dim=48)
+    return ContextLMForCausalLM(config).eval()
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: tiny_senri(**_SENRI),
+    "delta": lambda: tiny_senri(**_SENRI, rule="delta"),
+    "context": _context,
+}
+
+
+class Twins:
+    """A stream and the same in float64, which read the same tokens; kept in two files and one of numbers."""
+
+    def __init__(self, name: str, device: str, folder: Path, resume: bool) -> None:
+        torch.manual_seed(0)
+        model = STREAMS[name]().to(device)
+        self.name, self.files = name, [folder / f"{name}-{kind}.safetensors" for kind in ("stream", "exact")]
+        self.sessions = [Session(model), Session(copy.deepcopy(model).double())]
+        if resume and all(file.exists() for file in self.files):
+            for session, file in zip(self.sessions, self.files, strict=True):
+                session.load(file)
+            if len({tuple(session.tokens) for session in self.sessions}) > 1:
+                raise RuntimeError(f"{self.files[0].parent} holds two states of different lengths; remove it")
+
+    @property
+    def tokens(self) -> int:
+        return self.sessions[0].tokens[0]
+
+    def read(self, count: int) -> None:
+        """``count`` tokens, the same ones wherever the stream was cut."""
+        drawn = torch.Generator().manual_seed(self.tokens)
+        ids = torch.randint(1, VOCABULARY, (count,), generator=drawn)
+        for session in self.sessions:
+            session.feed(ids)
+
+    def error(self) -> dict[str, float]:
+        """The largest difference of each kind of state, as a share of its largest value."""
+        stream, exact = (session.snapshot() for session in self.sessions)
+        found: dict[str, float] = {}
+        for (name, mine), (_, other) in zip(_floats(stream), _floats(exact), strict=True):
+            size = float(other.abs().max())
+            share = float((mine.double() - other).abs().max()) / size if size else 0.0
+            found[name] = max(found.get(name, 0.0), share)
+        return found
+
+    def save(self) -> None:
+        for session, file in zip(self.sessions, self.files, strict=True):
+            session.save(file)
+
+
+def _floats(snapshot: Snapshot) -> Iterator[tuple[str, torch.Tensor]]:
+    for state in snapshot.states:
+        if state is not None:
+            yield from ((n, x) for n, x in state._asdict().items() if x is not None and x.is_floating_point())
+
+
+def bound(tokens: int) -> float:
+    """What a sum of so many tokens' parts may err by in float32, as a share of it (Higham, sec. 3.1)."""
+    return tokens * torch.finfo(torch.float32).eps / 2
+
+
+def soak(options: Options) -> bool:
+    """Every stream in turns until the time is over, or each has read ``count`` tokens; a row for each."""
+    folder = options.out.parent.parent / "runs" / "soak"
+    if options.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    chosen = [options.part] if options.part else [*STREAMS]
+    twins = [Twins(name, options.device, folder, options.resume) for name in chosen]
+    before, began = [each.tokens for each in twins], time.perf_counter()
+    for each in twins:
+        each.read(WARM)
+    seen: dict[str, list[tuple[int, int, dict[str, float]]]] = {each.name: [] for each in twins}
+    while not all(seen.values()) or time.perf_counter() - began < 60 * options.minutes:
+        going = [each for each in twins if options.count is None or each.tokens < options.count]
+        if not going:
+            break
+        for each in going:
+            each.read(STEP)
+            seen[each.name].append((each.tokens, resident_bytes(), each.error()))
+    held, seconds = True, time.perf_counter() - began
+    for each, start in zip(twins, before, strict=True):
+        each.save()
+        if not seen[each.name]:
+            continue
+        row = _measured(each, start, seen[each.name])
+        held &= not row["failures"]
+        _append(options, "soak", {"part": each.name, **row, "minutes": round(seconds / 60, 2)})
+    return held
+
+
+def _measured(twins: Twins, start: int, seen: list[tuple[int, int, dict[str, float]]]) -> dict[str, Any]:
+    """A row of a stream: memory in the first and in the last quarter, the state's error, what is wrong."""
+    quarter = max(1, len(seen) // 4)
+    resident = [each[1] for each in seen]
+    first, last = statistics.median(resident[:quarter]), statistics.median(resident[-quarter:])
+    tokens = twins.tokens - start
+    errors = {name: max(each[name] for _, _, each in seen) for name in seen[0][2]}
+    failures = []
+    if last - first >= FLAT * first:
+        failures.append(f"memory grew by {last - first:.0f} bytes in {tokens} tokens")
+    failures += [
+        f"{name} is off by {error:.3g}, at most {bound(twins.tokens):.3g}"
+        for name, error in errors.items()
+        if not error <= bound(twins.tokens)
+    ]
+    return {
+        "tokens": twins.tokens,
+        "tokens_now": tokens,
+        "state_bytes": twins.sessions[0].state_bytes,
+        "resident_mb": {"first": round(first / 1e6, 2), "last": round(last / 1e6, 2)},
+        "errors": {name: float(f"{error:.3g}") for name, error in errors.items()},
+        "last_errors": {name: float(f"{error:.3g}") for name, error in seen[-1][2].items()},
+        "bound": float(f"{bound(twins.tokens):.3g}"),
+        "failures": failures,
+    }
+
+
+def opened_and_closed(count: int, device: str, samples: int = 10) -> list[int]:
+    """Resident bytes after each of ``samples`` parts of ``count`` sessions: fed, continued, dropped.
+
+    Raises AssertionError where a session outlives its last reference.
+    """
+    torch.manual_seed(0)
+    model = tiny_senri().to(device)
+    ids = torch.randint(1, VOCABULARY, (11,))
+    found = []
+    for part in range(samples):
+        for _ in range(count * part // samples, count * (part + 1) // samples):
+            session = Session(model)
+            session.feed(ids)
+            session.generate(max_new_tokens=2)
+            alive = weakref.ref(session)
+            del session
+        gc.collect()
+        assert alive() is None, "a session outlives its last reference"
+        found.append(resident_bytes())
+    return found
+
+
+def sessions(options: Options) -> bool:
+    """Sessions opened and closed one after the other."""
+    count = options.count or SESSIONS
+
+    def run(part: str) -> dict[str, object]:
+        resident = opened_and_closed(count, options.device)
+        state = Session(tiny_senri())
+        state.feed([[1]])
+        grown = (resident[-1] - resident[1]) / (0.8 * count)
+        # What leaked once a session would be its state, or at least an object.
+        failures = [f"memory grew by {grown:.0f} bytes a session"] if grown >= 64 else []
+        return {"sessions": count, "resident_mb": [round(each / 1e6, 2) for each in resident],
+                "grown_bytes_a_session": round(grown, 2), "state_bytes": state.state_bytes,
+                "failures": failures}  # fmt: skip
+
+    return in_parts("sessions", ["open and close"], run, options)
+
+
+def _append(options: Options, suite: str, row: dict[str, Any]) -> None:
+    RowFile(options.out / f"{suite}.jsonl").append({"suite": suite, **row, **facts(options.device)})
+    print(json.dumps(row), flush=True)

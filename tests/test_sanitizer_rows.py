@@ -1,0 +1,53 @@
+"""The rows that compute-sanitizer sees launch every kernel in every dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.reliability_parts import Options
+from tests.sanitizer_parts import PARTS, SWEEPS, TOOLS, Launched, _mine, kernels, missing, rows, sanitize
+
+
+def test_the_list_is_short_and_named() -> None:
+    found = rows()
+    assert len({str(row) for row in found}) == len(found) <= 300
+    assert sorted(str(row) for part in range(1, PARTS + 1) for row in _mine(f"{part}/{PARTS}")) == sorted(
+        map(str, found)
+    )
+
+
+def test_every_kernel_is_launched_in_every_dtype(fused_device: str) -> None:
+    """None is run: what is launched does not depend on what the others computed."""
+    assert len(kernels()) > 15
+    with Launched(skip=True) as launched:
+        for row in rows():
+            if row.family != "context_sweep":
+                launched.run(row, fused_device)
+    assert set(missing(launched.found)) == SWEEPS
+
+
+def test_a_kernel_that_no_row_launches_is_named(fused_device: str) -> None:
+    with Launched(skip=True) as launched:
+        for row in rows():
+            if row.family == "layer" and row.dtype == torch.float32:
+                launched.run(row, fused_device)
+    assert "_memory_retrieve_forward_kernel float32" in missing(launched.found)
+    assert "_infini_attention_forward_kernel bfloat16" in missing(launched.found)
+    assert "_infini_attention_forward_kernel float32" not in missing(launched.found)
+
+
+def test_every_tool_sees_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options("cpu", 9, 1, None, None, tmp_path, arguments=("--dry-run", "--print-limit", "5"))
+    assert sanitize(options)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(TOOLS) * PARTS
+    assert lines[0].startswith("compute-sanitizer --tool memcheck --error-exitcode 66 --print-limit 5 ")
+    assert lines[0].endswith("sanitize-rows --device cuda --part 1/10 --out FOLDER")
+
+
+def test_without_a_gpu_the_tools_are_not_run(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="sanitize needs a CUDA device"):
+        sanitize(Options("cpu", 9, 1, None, None, tmp_path))

@@ -1,0 +1,100 @@
+"""Prompts over ranks: the stream of one process, on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from newllm.distributed.prefill import prefill
+from newllm.models.session import Session
+from newllm.testing import assert_no_worse
+from tests import prefill_ranks as ranks, processes
+from tests.prefill_ranks import STREAMS
+from tests.sequence_ranks import ALONE
+from tests.tiny_models import tiny_senri
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What three ranks find."""
+    return processes.spawned(ranks.every_stream, 3, tmp_path_factory.mktemp("prefill"))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_stream_after_a_prompt_is_that_of_one_process(name: str, found: list[dict[str, Any]]) -> None:
+    oracle = ranks.stream_of(name, torch.float64, None)
+    baseline = ranks.stream_of(name, torch.float32, None)
+    for part in found:
+        for key, value in part[name].items():
+            assert_no_worse(value, oracle[key], baseline[key], key)
+
+
+def test_all_ranks_go_on_from_the_same_state(found: list[dict[str, Any]]) -> None:
+    for name in (*STREAMS, "bits"):
+        for key, value in found[0][name].items():
+            assert all(torch.equal(part[name][key], value) for part in found), (name, key)
+
+
+def test_memories_have_the_bits_of_one_process(found: list[dict[str, Any]]) -> None:
+    """Given equal keys and values, which projections of single tokens give the first layer."""
+    one = ranks.bits_of(None)
+    for key in ("matrix of layer 0", "norm of layer 0", "keys of layer 0", "values of layer 0"):
+        assert torch.equal(found[0]["bits"][key], one[key]), key
+
+
+def test_rounds_are_told_and_bounded_by_the_chunk(found: list[dict[str, Any]]) -> None:
+    """101 tokens by three ranks of about 16 tokens a round; what is left of segments of 4 by all."""
+    assert found[0]["reports"] == [0, 32, 32, 36, 1]
+
+
+def test_ranks_that_differ_are_told(found: list[dict[str, Any]]) -> None:
+    for part in found:
+        lengths, sums = part["refused"]
+        assert lengths == "text must be the same on all ranks, got tokens of text between 40 and 42"
+        assert sums == "text must be the same on all ranks, got sum of text between 820 and 2460"
+
+
+def test_wrong_sessions_are_named() -> None:
+    session = Session(tiny_senri(), batch_size=2)
+    with pytest.raises(ValueError, match=r"text must be equally long in all rows, got .* \[2, 1\] tokens"):
+        prefill(session, [[1, 2], [3]], mesh=ALONE)
+    session.feed([[1, 2], [3]])
+    with pytest.raises(ValueError, match=r"session must be in step, got rows that have read \[2, 1\] tokens"):
+        prefill(session, [[1, 2], [3, 4]], mesh=ALONE)
+    from newllm.models import ContextLMConfig, ContextLMForCausalLM
+
+    sizes = {"vocab_size": 16, "hidden_size": 8, "context_dim": 8}
+    other = Session(ContextLMForCausalLM(ContextLMConfig(**sizes)))
+    with pytest.raises(TypeError, match="session must be of a SenriForCausalLM, got ContextLMForCausalLM"):
+        prefill(other, [1, 2], mesh=ALONE)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a small Senri that reads bytes."""
+    from newllm.data.tokenizer import byte_tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    tiny_senri(vocab_size=264).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_generate_reads_on_all_processes_and_writes_on_the_first(model: Path, tmp_path: Path) -> None:
+    words = ["generate", str(model), "--prompt", "once upon a time " * 9, "--max-new-tokens", "5"]
+    said = []
+    for size, more in ((1, []), (2, ["--sequence-ranks", "2"])):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        processes.succeeded(processes.command([*words, *more], size, folder), folder)
+        assert (folder / "log").read_text().count("153 tokens read, 5 written") == 1
+        said.append((folder / "said").read_bytes())
+    assert said[0] == said[1] != b""
+    wrong = processes.command([*words, "--sequence-ranks", "2"], 1, tmp_path)
+    assert processes.exit_codes(wrong) == [2]
+    told = "sequence_ranks must be the number of processes, 1, got 2: torchrun --nproc-per-node 2 -m newllm"
+    assert told in (tmp_path / "log").read_text()

@@ -1,0 +1,99 @@
+"""Multiple shooting, over a recurrence in plain PyTorch whose contraction is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from newllm.ops import shooting
+from newllm.ops.native import Runs
+
+TOKENS, PARTS, RHO, TOL = 1203, 3, 0.9, 1e-6
+# Too few tokens to forget to within TOL, as an estimate of rho that is too low would have it.
+WARM_UP = 32
+
+directions = pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+
+
+class Recurrence:
+    """c <- rho c + drive over ``TOKENS`` tokens, or backwards in time; keeps what it was asked for."""
+
+    def __init__(self, rho: float, backwards: bool) -> None:
+        self.rho, self.backwards = rho, backwards
+        random = torch.Generator().manual_seed(0)
+        # Backwards what is tolerated is a share of the largest: here far from 1.
+        scale = 1e6 if backwards else 1
+        self.drive = scale * torch.randn(2, TOKENS, 4, generator=random, dtype=torch.float64)
+        self.outputs = torch.full_like(self.drive, torch.nan)
+        self.swept: list[Runs] = []
+
+    def __call__(self, runs: Runs, entering: Tensor) -> Tensor:
+        self.swept.append(runs)
+        leaving = entering.clone()
+        for part in range(runs.parts):
+            first = runs.first + part * runs.stride
+            tokens = range(first, first + runs.tokens)
+            for token in reversed(tokens) if self.backwards else tokens:
+                leaving[:, part] = self.rho * leaving[:, part] + self.drive[:, token]
+                self.outputs[:, token] = leaving[:, part]
+        return leaving
+
+    def entering(self) -> Tensor:
+        return self.drive.new_full((2, 4), 5.0)
+
+    def exact(self) -> Tensor:
+        once = Recurrence(self.rho, self.backwards)
+        once(Runs(1, TOKENS), once.entering()[:, None])
+        return once.outputs
+
+
+def shoot(sweep: Recurrence, sweeps: int | None = None) -> tuple[Tensor, shooting.Outcome]:
+    cut = TOKENS, PARTS, WARM_UP
+    return shooting.block(sweep, sweep.entering(), *cut, tol=TOL, sweeps=sweeps, backwards=sweep.backwards)
+
+
+@directions
+def test_what_entered_wrong_is_put_right_without_sweeping_all_again(backwards: bool) -> None:
+    sweep = Recurrence(RHO, backwards)
+    leaving, outcome = shoot(sweep)
+    exact = sweep.exact()
+    assert outcome.block and outcome.sweeps == 3
+    # Backwards tol is a share of the largest, here about that of the start.
+    allowed = TOL * (exact.abs().max().item() if backwards else 1.0)
+    assert 0 < outcome.residual <= allowed
+    assert (sweep.outputs - exact).abs().max() <= allowed / (1 - RHO)
+    assert torch.equal(leaving, sweep.outputs[:, 0 if backwards else -1])
+    # 0.9^(32 + 64) is not enough and 0.9^(32 + 64 + 128) is.
+    tokens = [runs.tokens for runs in sweep.swept if runs.parts > 1]
+    assert tokens == [WARM_UP, 64, 128, 209, 64, 128]
+
+
+@directions
+def test_segments_make_up_the_runs(backwards: bool) -> None:
+    """In the order of sweeping, without gaps, for lengths around their ends."""
+    for length in (1, 63, 64, 65, 191, 192, 193, 1000):
+        found = shooting._segments(Runs(2, length, 0, length), 64, backwards)
+        order = found[::-1] if backwards else found
+        assert [token for runs in order for token in range(runs.first, runs.first + runs.tokens)] == [
+            *range(length)
+        ]
+        assert all((runs.parts, runs.stride) == (2, length) for runs in found)
+
+
+@directions
+def test_nan_is_never_agreement(backwards: bool) -> None:
+    sweep = Recurrence(RHO, backwards)
+    sweep.drive[0, 700] = torch.nan
+    _, outcome = shoot(sweep)
+    assert not outcome.block
+    assert sweep.outputs[1].isfinite().all() and sweep.outputs[0, 700].isnan().all()
+
+
+@directions
+def test_what_does_not_fade_ends_in_one_run(backwards: bool) -> None:
+    sweep = Recurrence(1.0, backwards)
+    leaving, outcome = shoot(sweep, sweeps=3)
+    assert not outcome.block and outcome.residual == 0
+    assert torch.equal(sweep.outputs, sweep.exact())
+    assert torch.equal(leaving, sweep.outputs[:, 0 if backwards else -1])
