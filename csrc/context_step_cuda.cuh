@@ -8,12 +8,12 @@
 namespace newllm {
 
 // What travels is u, which the layer norm reads, less a number near its mean (the mean of the last one), so that its
-// variance may be had from sums and squares. The layer norm's weight is multiplied into W; its mean, deviation and
-// bias are applied to the product, which therefore need not wait for them.
+// variance may be had from sums and squares, times the layer norm's weight. Its mean, deviation and bias are applied to
+// the product, which therefore need not wait for them.
 template <int Layers>
 struct ContextForwardStep {
     using Arguments = ContextForwardArguments;
-    // By the layer that arrives; its layer norm's weight is multiplied into the next one's W.
+    // By the layer that arrives, which is multiplied with the next one's W.
     struct Constants {
         float gain[Layers], shift[Layers];      // the layer norm's weight and bias
         float row_sum[Layers], offset[Layers];  // of the next W times the weights; of it times the biases
@@ -53,7 +53,7 @@ struct ContextForwardStep {
     }
 
     template <class Sweeper>
-    static __device__ __forceinline__ Constants constants(const Arguments& args, Sweeper& sweeper,
+    static __device__ __forceinline__ Constants constants(const Arguments& args, const Sweeper& sweeper,
                                                           const SweepLayout& at) {
         const int column = min(sweeper.place.column, sweeper.width - 1);
         Constants own;
@@ -65,15 +65,14 @@ struct ContextForwardStep {
             own.gain[layer] = weights[column];
             own.shift[layer] = biases[column];
             own.offset[layer] = sweeper.receive_from(at, after(layer), biases, all, 0).product;
-            sweeper.scale(at, after(layer), weights);
-            own.row_sum[layer] = sweeper.receive_from(at, after(layer), nullptr, all, 0).product;
+            own.row_sum[layer] = sweeper.receive_from(at, after(layer), weights, all, 0).product;
         }
         own.stride = sweeper.width;
         return own;
     }
 
-    static __device__ __forceinline__ Departure departure(const State& state) {
-        return {state.value, state.value, state.value * state.value};
+    static __device__ __forceinline__ Departure departure(const Constants& constants, const State& state, int layer) {
+        return {state.value * constants.gain[layer], state.value, state.value * state.value};
     }
 
     static __device__ __forceinline__ float next(const Arguments& args, bool more, State& state) {
@@ -171,7 +170,7 @@ struct ContextAdjointStep {
         if (place.writes && state.start >= 0) constants.total[state.write] = total;
     }
 
-    static __device__ __forceinline__ Departure departure(const State& state) {
+    static __device__ __forceinline__ Departure departure(const Constants&, const State& state, int) {
         return {state.now.slope * state.weighted, state.weighted, state.weighted * state.now.normed};
     }
 

@@ -13,6 +13,7 @@
 #include <cuda_bf16.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #include "cuda_cluster.cuh"
 #include "cuda_lanes.cuh"
@@ -23,11 +24,13 @@ constexpr int kSweepWarps = 8;
 constexpr int kSweepThreads = 32 * kSweepWarps;
 
 // Columns: of one warp. Senders: the cluster has at most 32 * Senders warps. W is cut into a share for every warp that
-// sends and every one that receives; a lane holds Senders of them, Resident in registers, the others in shared memory.
-// Rows: of a group, 1 or 4. Layers: matrices, each of which is held so.
-template <int Columns, int Senders, int Resident, int Rows, int Layers>
+// sends and every one that receives; a lane holds Senders of them, Resident in registers, the others in shared memory,
+// where Half keeps them in bfloat16. Rows: of a group, 1 or 4. Layers: matrices, each of which is held so.
+template <int Columns, int Senders, int Resident, int Rows, int Layers, bool Half>
 struct SweepTile {
     static constexpr int kColumns = Columns, kSenders = Senders, kResident = Resident, kRows = Rows, kLayers = Layers;
+    static constexpr bool kHalf = Half;
+    using Quad = std::conditional_t<Half, uint2, float4>;  // four stored entries of W
     static constexpr int kStored = Senders - Resident;
     static constexpr int kQuads = (Columns + 2 + 3) / 4;  // of a warp's message: columns and two sums
     static constexpr int kMessage = Rows * kQuads * kSweepWarps;  // quads that a block sends to another
@@ -50,8 +53,8 @@ __host__ __device__ inline SweepLayout sweep_layout(int groups) {
     SweepLayout at{};
     at.outbox = size_t(2) * groups * Tile::kVector * sizeof(float4);
     at.weights = at.outbox + 2 * Tile::kMessage * sizeof(float4);
-    at.state =
-        at.weights + Tile::kLayers * Tile::kStored * Tile::kShareQuads * sizeof(float4) * kSweepThreads;
+    at.state = at.weights +
+               Tile::kLayers * Tile::kStored * Tile::kShareQuads * sizeof(typename Tile::Quad) * kSweepThreads;
     at.barriers = at.state + (groups > 1 ? groups * sizeof(typename Step::State) * kSweepThreads : 0);
     at.total = at.barriers + 2 * groups * sizeof(uint64_t);
     return at;
@@ -116,8 +119,26 @@ __device__ __forceinline__ float load_weight(const void* weight, int index) {
     return static_cast<const float*>(weight)[index];
 }
 
+__device__ __forceinline__ void pack(const float* entries, float4& quad) {
+    quad = make_float4(entries[0], entries[1], entries[2], entries[3]);
+}
+__device__ __forceinline__ void unpack(const float4& quad, float* entries) {
+    entries[0] = quad.x, entries[1] = quad.y, entries[2] = quad.z, entries[3] = quad.w;
+}
+// Numbers that bfloat16 holds exactly.
+__device__ __forceinline__ void pack(const float* entries, uint2& quad) {
+    quad.x = __float_as_uint(entries[0]) >> 16 | __float_as_uint(entries[1]);
+    quad.y = __float_as_uint(entries[2]) >> 16 | __float_as_uint(entries[3]);
+}
+__device__ __forceinline__ void unpack(const uint2& quad, float* entries) {
+    constexpr uint32_t upper = 0xffff0000u;
+    entries[0] = __uint_as_float(quad.x << 16), entries[1] = __uint_as_float(quad.x & upper);
+    entries[2] = __uint_as_float(quad.y << 16), entries[3] = __uint_as_float(quad.y & upper);
+}
+
 template <class Tile, class Step>
 struct Sweeper {
+    using Quad = typename Tile::Quad;
     using Weights = float[Tile::kColumns][Tile::kColumns];  // by column that is made, by column that arrived
 
     const Place place;
@@ -131,8 +152,8 @@ struct Sweeper {
     static __device__ __forceinline__ int slot(int worker, int row, int quad) {
         return worker / kSweepWarps * Tile::kMessage + (row * Tile::kQuads + quad) * kSweepWarps + worker % kSweepWarps;
     }
-    static __device__ __forceinline__ float4* share(const SweepLayout& at, int layer, int p) {
-        return reinterpret_cast<float4*>(dynamic_shared() + at.weights) +
+    static __device__ __forceinline__ Quad* share(const SweepLayout& at, int layer, int p) {
+        return reinterpret_cast<Quad*>(dynamic_shared() + at.weights) +
                (layer * Tile::kStored + p - Tile::kResident) * Tile::kShareQuads * kSweepThreads + threadIdx.x;
     }
     __device__ __forceinline__ int arriving(int p, int i) const { return (p * 32 + place.lane) * Tile::kColumns + i; }
@@ -166,36 +187,12 @@ struct Sweeper {
 
     static __device__ __forceinline__ void store_share(const SweepLayout& at, int layer, int p, const Weights& w) {
 #pragma unroll
-        for (int q = 0; q < Tile::kShareQuads; q++) {
-            const float* flat = &w[0][0] + 4 * q;
-            share(at, layer, p)[q * kSweepThreads] = make_float4(flat[0], flat[1], flat[2], flat[3]);
-        }
+        for (int q = 0; q < Tile::kShareQuads; q++) pack(&w[0][0] + 4 * q, share(at, layer, p)[q * kSweepThreads]);
     }
 
     static __device__ __forceinline__ void fetch_share(const SweepLayout& at, int layer, int p, Weights& w) {
 #pragma unroll
-        for (int q = 0; q < Tile::kShareQuads; q++) {
-            const float4 quad = share(at, layer, p)[q * kSweepThreads];
-            float* flat = &w[0][0] + 4 * q;
-            flat[0] = quad.x, flat[1] = quad.y, flat[2] = quad.z, flat[3] = quad.w;
-        }
-    }
-
-    // A layer's W, its columns times the factors.
-    __device__ __forceinline__ void scale(const SweepLayout& at, int layer, const float* factors) {
-#pragma unroll
-        for (int p = 0; p < Tile::kSenders; p++) {
-            Weights w;
-            Weights& scaled = p < Tile::kResident ? weight[layer][p < Tile::kResident ? p : 0] : w;
-            if (p >= Tile::kResident) fetch_share(at, layer, p, w);
-#pragma unroll
-            for (int i = 0; i < Tile::kColumns; i++) {
-                const float factor = factors[min(arriving(p, i), width - 1)];
-#pragma unroll
-                for (int j = 0; j < Tile::kColumns; j++) scaled[j][i] *= factor;
-            }
-            if (p >= Tile::kResident) store_share(at, layer, p, w);
-        }
+        for (int q = 0; q < Tile::kShareQuads; q++) unpack(share(at, layer, p)[q * kSweepThreads], &w[0][0] + 4 * q);
     }
 
     __device__ __forceinline__ Arrival receive(const SweepLayout& at, int layer, int buffer) const {
@@ -241,8 +238,8 @@ struct Sweeper {
         }
     }
 
-    // A layer's products with vectors in global memory, one for each of the group's `rows` (null: all ones; for the other
-    // rows: zeros), and as the first sum theirs over the columns. Before the first exchange, by the whole block.
+    // A layer's products with vectors in global memory, one for each of the group's `rows` (for the other rows: zeros),
+    // and as the first sum theirs over the columns. Before the first exchange, by the whole block.
     __device__ __forceinline__ Arrival receive_from(const SweepLayout& at, int layer, const float* vectors,
                                                     int64_t rows, int stride) const {
         constexpr int workers = 32 * Tile::kSenders;
@@ -251,7 +248,7 @@ struct Sweeper {
             float x[4 * Tile::kQuads] = {};
             for (int i = 0; i < Tile::kColumns; i++) {
                 const int column = worker * Tile::kColumns + i;
-                if (column < width && r < rows) x[i] = vectors ? vectors[r * stride + column] : 1.0f;
+                if (column < width && r < rows) x[i] = vectors[r * stride + column];
                 x[Tile::kColumns] += x[i];
             }
             for (int q = 0; q < Tile::kQuads; q++)
@@ -334,7 +331,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
             barrier_init(sweeper.barrier(at, b));
             barrier_expect(sweeper.barrier(at, b), bytes);
         }
-    if (args.half) sweeper.template load_weights<true>(at, args.sweep.weight);
+    if (Tile::kHalf || args.half) sweeper.template load_weights<true>(at, args.sweep.weight);
     else sweeper.template load_weights<false>(at, args.sweep.weight);
     __syncthreads();
     const int64_t first_row = int64_t(blockIdx.x / blocks) * groups * Tile::kRows;
@@ -348,7 +345,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
 
     for (int group = 0; group < groups; group++) {
         if (groups > 1) state = states[group * kSweepThreads];
-        sweeper.depart(at, Step::departure(state), group);
+        sweeper.depart(at, Step::departure(constants, state, 0), group);
     }
     const int stages = static_cast<int>(args.sweep.span.tokens) * Tile::kLayers;
     const float share = 1.0f / sweeper.width;
@@ -367,7 +364,8 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
                 if (threadIdx.x == 0 && alive) barrier_expect(barrier, bytes);
                 const Arrival arrival = sweeper.receive(at, Step::multiplied(turn), buffer + group);
                 Step::arrive(place, constants, arrival, share, more, turn, state);
-                if (more) sweeper.depart(at, Step::departure(state), groups - buffer + group);
+                const int next = (turn + 1) % Tile::kLayers;
+                if (more) sweeper.depart(at, Step::departure(constants, state, next), groups - buffer + group);
                 Step::keep(state, ahead);
                 if (groups > 1) states[group * kSweepThreads] = state;
             }

@@ -20,7 +20,7 @@ template <class Arguments>
 CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups) {
     if (rows == kTensorRowsTogether)
         return half ? plan_tensor<Arguments>(width, runs) : refused("tensor cores take bfloat16 matrices only");
-    const CudaSweepPlan cluster = plan_cluster<Arguments>(layers, width, runs, rows, groups);
+    const CudaSweepPlan cluster = plan_cluster<Arguments>(half, layers, width, runs, rows, groups);
     if (rows || groups || !half || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
     const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
     return tensor.kernel != nullptr ? tensor : cluster;
