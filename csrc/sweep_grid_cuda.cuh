@@ -15,6 +15,9 @@
 
 namespace newllm {
 
+// How far a mean may move from what sums were taken about: a share of the variance.
+constexpr float kMostMoved = 0.25f;
+
 struct GridTeams {
     int rows;           // that a team takes at a time
     int teams, blocks;  // teams, and blocks of each
@@ -52,7 +55,7 @@ __host__ __device__ inline GridLayout grid_layout(const GridSizes& sizes, int ro
     at.ahead = aligned(at.inputs + size_t(rows) * sizes.inputs * sizeof(float));
     at.columns = aligned(at.ahead + size_t(rows) * sizes.ahead * sizeof(float));
     at.sums = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
-    at.products = aligned(at.sums + size_t(kGridWarps) * compiled_rows * sizeof(float4));
+    at.products = aligned(at.sums + size_t(kGridWarps) * 2 * compiled_rows * sizeof(float));
     at.kept = aligned(at.products + size_t(2) * kGridWarps * sizes.products * compiled_rows * sizeof(float));
     return at;
 }
@@ -76,6 +79,7 @@ struct GridMember {
     int64_t first = 0;      // row
     int count = 1;          // rows
     uint32_t exchange = 1;  // the next
+    float centre[kRows] = {};
     bool alive = true;      // no wait was given up; after that nothing is waited for, so that all come to the end
     char* room;             // of the block's shared memory what is not in use
 
@@ -179,47 +183,35 @@ struct GridMember {
 
     // Replaces the inputs x by result(row, k, normed x).
     template <class Result>
-    __device__ __forceinline__ void normalise(int width, Result result) const {
-        float mean[kRows], rstd[kRows];
-        moments(width, mean, rstd);
+    __device__ __forceinline__ void normalise(int width, float part, Result result) {
+        float rstd[kRows];
+        moments(width, part, rstd);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
             each(width, [&](int k) {
                 float& x = input(row)[k];
-                x = result(row, k, (x - mean[row]) * rstd[row]);
+                x = result(row, k, (x - centre[row]) * rstd[row]);
             });
         }
     }
 
     // The inputs x are gradients times a layer norm's weight: result(row, k, gradient of what the layer norm read).
     template <class Normed, class Result>
-    __device__ __forceinline__ void normalise_gradient(int width, const float (&rstd)[kRows], Normed normed,
+    __device__ __forceinline__ void normalise_gradient(int width, float part, const float (&rstd)[kRows], Normed normed,
                                                        Result result) const {
-        float plain[kRows] = {}, along[kRows] = {};
+        float sums[2 * kRows] = {};
         each_of_all(width, [&](int row, int k) {
-            plain[row] += input(row)[k];
-            along[row] = fmaf(input(row)[k], normed(row, k), along[row]);
+            sums[2 * row] += input(row)[k];
+            sums[2 * row + 1] = fmaf(input(row)[k], normed(row, k), sums[2 * row + 1]);
         });
-        sum_warp(plain);
-        sum_warp(along);
-#pragma unroll
-        for (int row = 0; row < kRows; row++) share_sums(row, {plain[row], along[row], 0.0f, 0.0f});
-        __syncthreads();
-        WarpSums parts[kGridWarps], sums{};
-        take_sums(parts);
-#pragma unroll
-        for (int w = 0; w < kGridWarps; w++) sums.sum += parts[w].sum, sums.squares += parts[w].squares;
-        const float part = 1.0f / width;
-        float mean[kRows], mean_normed[kRows];
-        spread(sums.sum * part, mean);
-        spread(sums.squares * part, mean_normed);
+        sum(sums);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
             each(width, [&](int k) {
                 result(row, k,
-                       layer_norm_gradient(input(row)[k], normed(row, k), mean[row], mean_normed[row], rstd[row]));
+                       layer_norm_gradient(input(row)[k], normed(row, k), sums[2 * row] * part, sums[2 * row + 1] * part, rstd[row]));
             });
         }
     }
@@ -267,62 +259,44 @@ struct GridMember {
 
   private:
     __device__ float* floats(size_t offset) const { return reinterpret_cast<float*>(dynamic_shared() + offset); }
-    // Of a row, by a warp: its columns, their sum and mean, and another sum.
-    struct WarpSums {
-        float sum, squares, columns, mean;
-    };
-    __device__ __forceinline__ void share_sums(int row, const WarpSums& sums) const {
-        if (threadIdx.x % 32 == 0) warp_sums()[threadIdx.x / 32 * kRows + row] = sums;
-    }
-    // Of the row that is the lane's in spread().
-    __device__ __forceinline__ void take_sums(WarpSums (&parts)[kGridWarps]) const {
+    // Over the block's threads, of two values for each row.
+    __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
+        constexpr int n = 2 * kRows;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const float part = sum_of_lanes<n>(values, lane);
+        float* const parts = floats(at.sums);
+        if (lane % (32 / n) == 0) parts[warp * n + lane / (32 / n)] = part;
+        __syncthreads();
+        float total[2] = {};
 #pragma unroll
-        for (int w = 0; w < kGridWarps; w++) parts[w] = warp_sums()[w * kRows + threadIdx.x % kRows];
-    }
-    static __device__ __forceinline__ void spread(float own, float (&values)[kRows]) {
+        for (int w = 0; w < kGridWarps; w++) total[w % 2] += parts[w * n + lane % n];
 #pragma unroll
-        for (int row = 0; row < kRows; row++) values[row] = kRows == 1 ? own : __shfl_sync(~0u, own, row);
-    }
-    __device__ WarpSums* warp_sums() const { return reinterpret_cast<WarpSums*>(dynamic_shared() + at.sums); }
-    static __device__ __forceinline__ void sum_warp(float (&values)[kRows]) {
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2)
-#pragma unroll
-            for (int row = 0; row < kRows; row++) values[row] += __shfl_xor_sync(~0u, values[row], mask);
+        for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total[0] + total[1], i);
     }
 
-    // Of the inputs. A warp's squares are of what is left when the mean of its own columns is taken away, so that no
-    // large numbers cancel (Chan, Golub, LeVeque, Updating formulae for computing sample variances).
-    __device__ __forceinline__ void moments(int width, float (&mean)[kRows], float (&rstd)[kRows]) const {
-        int columns = 0;
-        for (int first = threadIdx.x / 32 * 64; first < width; first += 2 * kGridThreads)
-            columns += min(64, width - first);
-        const float share = 1.0f / larger(columns, 1);
-        float sums[kRows] = {}, squares[kRows] = {};
-        each_of_all(width, [&](int row, int k) { sums[row] += input(row)[k]; });
-        sum_warp(sums);
-        each_of_all(width, [&](int row, int k) {
-            const float x = input(row)[k] - sums[row] * share;
-            squares[row] = fmaf(x, x, squares[row]);
-        });
-        sum_warp(squares);
+    // Of the inputs: their means, which become the centres, and the deviations' reciprocals. The sums and squares are of
+    // what is left when the last mean is taken away; where the mean has moved far, once more, so that nothing cancels.
+    __device__ __forceinline__ void moments(int width, float part, float (&rstd)[kRows]) {
+        bool moved = true;
+        for (int pass = 0; pass < 2 && moved; pass++) {
+            if (pass > 0) __syncthreads();
+            float sums[2 * kRows] = {};
+            each_of_all(width, [&](int row, int k) {
+                const float x = input(row)[k] - centre[row];
+                sums[2 * row] += x;
+                sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
+            });
+            sum(sums);
+            moved = false;
 #pragma unroll
-        for (int row = 0; row < kRows; row++)
-            share_sums(row, {sums[row], squares[row], float(columns), sums[row] * share});
-        __syncthreads();
-        WarpSums parts[kGridWarps], all{};
-        take_sums(parts);
-#pragma unroll
-        for (int w = 0; w < kGridWarps; w++) all.sum += parts[w].sum, all.squares += parts[w].squares;
-        const float whole = 1.0f / width;
-        all.mean = all.sum * whole;
-#pragma unroll
-        for (int w = 0; w < kGridWarps; w++) {
-            const float away = parts[w].mean - all.mean;
-            all.squares = fmaf(parts[w].columns * away, away, all.squares);
+            for (int row = 0; row < kRows; row++) {
+                const float mean = sums[2 * row] * part, squares = sums[2 * row + 1] * part;
+                const float variance = fmaxf(fmaf(-mean, mean, squares), 0.0f);
+                rstd[row] = rsqrtf(variance + kLayerNormEps);
+                centre[row] += mean;
+                moved |= mean * mean > kMostMoved * variance;
+            }
         }
-        spread(all.mean, mean);
-        spread(rsqrtf(all.squares * whole + kLayerNormEps), rstd);
     }
 
     // [warp, product, row]; those of one exchange are read while those of the next are written.
