@@ -94,6 +94,7 @@ struct GridMember {
     __device__ void take(int64_t row, int rows) {
         first = row;
         count = rows;
+        for (float& each : centre) each = 0.0f;
         room = dynamic_shared() + at.kept;
         __syncthreads();
         if (threadIdx.x < count)
@@ -277,7 +278,7 @@ struct GridMember {
     // Of the inputs: their means, which become the centres, and the deviations' reciprocals. The sums and squares are of
     // what is left when the last mean is taken away; where the mean has moved far, once more, so that nothing cancels.
     __device__ __forceinline__ void moments(int width, float part, float (&rstd)[kRows]) {
-        bool moved = true;
+        unsigned moved = (1u << kRows) - 1;
         for (int pass = 0; pass < 2 && moved; pass++) {
             if (pass > 0) __syncthreads();
             float sums[2 * kRows] = {};
@@ -287,14 +288,14 @@ struct GridMember {
                 sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
             });
             sum(sums);
-            moved = false;
 #pragma unroll
             for (int row = 0; row < kRows; row++) {
+                if (!(moved >> row & 1)) continue;
                 const float mean = sums[2 * row] * part, squares = sums[2 * row + 1] * part;
                 const float variance = fmaxf(fmaf(-mean, mean, squares), 0.0f);
                 rstd[row] = rsqrtf(variance + kLayerNormEps);
                 centre[row] += mean;
-                moved |= mean * mean > kMostMoved * variance;
+                if (!(mean * mean > kMostMoved * variance)) moved &= ~(1u << row);
             }
         }
     }
