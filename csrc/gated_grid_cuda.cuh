@@ -171,7 +171,8 @@ struct GatedAdjointGrid {
 
     // The gradients of what the layer norm read, and of what the gates' functions read, which become the inputs.
     template <class Member>
-    static __device__ void through_gates(Member& member, int64_t step, float part, const GridShare& own, const float* gain) {
+    static __device__ void through_gates(Member& member, int64_t step, float part, const GridShare& own,
+                                         const float* gain) {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, apart = even(width);
         float rstd[Member::kMostRows] = {};

@@ -15,9 +15,6 @@
 
 namespace newllm {
 
-// How far a mean may move from what sums were taken about: a share of the variance.
-constexpr float kMostMoved = 0.25f;
-
 struct GridTeams {
     int rows;           // that a team takes at a time
     int teams, blocks;  // teams, and blocks of each
@@ -55,7 +52,7 @@ __host__ __device__ inline GridLayout grid_layout(const GridSizes& sizes, int ro
     at.ahead = aligned(at.inputs + size_t(rows) * sizes.inputs * sizeof(float));
     at.columns = aligned(at.ahead + size_t(rows) * sizes.ahead * sizeof(float));
     at.sums = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
-    at.products = aligned(at.sums + size_t(kGridWarps) * 2 * compiled_rows * sizeof(float));
+    at.products = aligned(at.sums + size_t(kGridWarps) * compiled_rows * sizeof(float4));
     at.kept = aligned(at.products + size_t(2) * kGridWarps * sizes.products * compiled_rows * sizeof(float));
     return at;
 }
@@ -79,9 +76,10 @@ struct GridMember {
     int64_t first = 0;      // row
     int count = 1;          // rows
     uint32_t exchange = 1;  // the next
-    float centre[kRows] = {};
     bool alive = true;      // no wait was given up; after that nothing is waited for, so that all come to the end
     char* room;             // of the block's shared memory what is not in use
+    const float share_of_warp;  // of the context's columns
+    const float part_of_warp;   // one over their number; 0 without any
 
     __device__ GridMember(const Sweep& sweep, const GridTeams& team, const GridSizes& sizes)
         : sweep(sweep),
@@ -89,12 +87,13 @@ struct GridMember {
           sizes(sizes),
           at(grid_layout(sizes, team.rows, kRows)),
           block(blockIdx.x % team.blocks),
-          room(dynamic_shared() + at.kept) {}
+          room(dynamic_shared() + at.kept),
+          share_of_warp(float(columns_of_warp(int(sweep.width))) / sweep.width),
+          part_of_warp(share_of_warp > 0.0f ? 1.0f / columns_of_warp(int(sweep.width)) : 0.0f) {}
 
     __device__ void take(int64_t row, int rows) {
         first = row;
         count = rows;
-        for (float& each : centre) each = 0.0f;
         room = dynamic_shared() + at.kept;
         __syncthreads();
         if (threadIdx.x < count)
@@ -184,15 +183,15 @@ struct GridMember {
 
     // Replaces the inputs x by result(row, k, normed x).
     template <class Result>
-    __device__ __forceinline__ void normalise(int width, float part, Result result) {
-        float rstd[kRows];
-        moments(width, part, rstd);
+    __device__ __forceinline__ void normalise(int width, float part, Result result) const {
+        float mean[kRows], rstd[kRows];
+        moments(width, part, mean, rstd);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
             each(width, [&](int k) {
                 float& x = input(row)[k];
-                x = result(row, k, (x - centre[row]) * rstd[row]);
+                x = result(row, k, (x - mean[row]) * rstd[row]);
             });
         }
     }
@@ -211,8 +210,8 @@ struct GridMember {
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
             each(width, [&](int k) {
-                result(row, k,
-                       layer_norm_gradient(input(row)[k], normed(row, k), sums[2 * row] * part, sums[2 * row + 1] * part, rstd[row]));
+                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), sums[2 * row] * part,
+                                                   sums[2 * row + 1] * part, rstd[row]));
             });
         }
     }
@@ -259,6 +258,11 @@ struct GridMember {
     }
 
   private:
+    // Of so many, those that are this warp's: 64 in every round of the block.
+    static __device__ int columns_of_warp(int width) {
+        const int warp = threadIdx.x / 32, rest = width % (2 * kGridThreads) - 64 * warp;
+        return width / (2 * kGridThreads) * 64 + min(max(rest, 0), 64);
+    }
     __device__ float* floats(size_t offset) const { return reinterpret_cast<float*>(dynamic_shared() + offset); }
     // Over the block's threads, of two values for each row.
     __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
@@ -275,28 +279,47 @@ struct GridMember {
         for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total[0] + total[1], i);
     }
 
-    // Of the inputs: their means, which become the centres, and the deviations' reciprocals. The sums and squares are of
-    // what is left when the last mean is taken away; where the mean has moved far, once more, so that nothing cancels.
-    __device__ __forceinline__ void moments(int width, float part, float (&rstd)[kRows]) {
-        unsigned moved = (1u << kRows) - 1;
-        for (int pass = 0; pass < 2 && moved; pass++) {
-            if (pass > 0) __syncthreads();
-            float sums[2 * kRows] = {};
-            each_of_all(width, [&](int row, int k) {
-                const float x = input(row)[k] - centre[row];
-                sums[2 * row] += x;
-                sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
-            });
-            sum(sums);
+    // Of the inputs, their means and the deviations' reciprocals. A warp sums up what is left when one of its numbers is
+    // taken away, so that little cancels; the warps' means and squares add up as in Chan, Golub and LeVeque (1979).
+    __device__ __forceinline__ void moments(int width, float part, float (&mean)[kRows], float (&rstd)[kRows]) const {
+        constexpr int n = 2 * kRows, apart = 32 / n;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        float pivot[kRows], sums[n] = {};
+        __syncwarp();
 #pragma unroll
-            for (int row = 0; row < kRows; row++) {
-                if (!(moved >> row & 1)) continue;
-                const float mean = sums[2 * row] * part, squares = sums[2 * row + 1] * part;
-                const float variance = fmaxf(fmaf(-mean, mean, squares), 0.0f);
-                rstd[row] = rsqrtf(variance + kLayerNormEps);
-                centre[row] += mean;
-                if (!(mean * mean > kMostMoved * variance)) moved &= ~(1u << row);
-            }
+        for (int row = 0; row < kRows; row++)
+            pivot[row] = part_of_warp > 0.0f && exists(row) ? input(row)[64 * warp] : 0.0f;
+        each_of_all(width, [&](int row, int k) {
+            const float x = input(row)[k] - pivot[row];
+            sums[2 * row] += x;
+            sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
+        });
+        const float own = sum_of_lanes<n>(sums, lane), squares = __shfl_xor_sync(~0u, own, apart);
+        const float moved = own * part_of_warp;
+        float4* const parts = reinterpret_cast<float4*>(floats(at.sums));
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            if (lane == 2 * row * apart)
+                parts[warp * kRows + row] =
+                    make_float4(share_of_warp, pivot[row] + moved, fmaf(-own, moved, squares), 0.0f);
+        __syncthreads();
+        const float first = parts[lane % kRows].y;
+        float away[2] = {}, between[2] = {}, within[2] = {};
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) {
+            const float4 one = parts[w * kRows + lane % kRows];
+            const float from = one.y - first, weighted = one.x * from;
+            away[w % 2] += weighted;
+            between[w % 2] = fmaf(weighted, from, between[w % 2]);
+            within[w % 2] += one.z;
+        }
+        const float shift = away[0] + away[1];
+        const float variance = fmaf(within[0] + within[1], part, fmaf(-shift, shift, between[0] + between[1]));
+        const float deviation = rsqrtf(variance + kLayerNormEps);
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            mean[row] = kRows == 1 ? first + shift : __shfl_sync(~0u, first + shift, row);
+            rstd[row] = kRows == 1 ? deviation : __shfl_sync(~0u, deviation, row);
         }
     }
 
