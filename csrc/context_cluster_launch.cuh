@@ -13,35 +13,38 @@ namespace {
 
 constexpr int kMostGroups = 4;
 
-template <class Arguments>
-using Step = std::conditional_t<std::is_same_v<Arguments, ContextForwardArguments>, ContextForwardStep,
-                                ContextAdjointStep>;
+template <class Arguments, int Layers>
+using Step = std::conditional_t<std::is_same_v<Arguments, ContextForwardArguments>, ContextForwardStep<Layers>,
+                                ContextAdjointStep<Layers>>;
 
 // One compiled kernel: up to which width it goes, and what it needs.
 template <class Arguments>
 struct Variant {
-    int width, columns, rows;
+    int width, columns, rows, layers;
+    bool half;  // for bfloat16 only
     void (*kernel)(Arguments, int, int*);
     SweepLayout (*layout)(int groups);
 };
 
-template <class Arguments, int Columns, int Senders, int Resident, int Rows>
+template <class Arguments, int Columns, int Senders, int Resident, int Rows, int Layers = 1, bool Half = false>
 constexpr Variant<Arguments> variant() {
-    using Tile = SweepTile<Columns, Senders, Resident, Rows>;
-    return {32 * Senders * Columns, Columns, Rows, sweep_cluster_kernel<Tile, Step<Arguments>>,
-            sweep_layout<Tile, Step<Arguments>>};
+    using Tile = SweepTile<Columns, Senders, Resident, Rows, Layers, Half>;
+    return {32 * Senders * Columns, Columns, Rows, Layers, Half, sweep_cluster_kernel<Tile, Step<Arguments, Layers>>,
+            sweep_layout<Tile, Step<Arguments, Layers>>};
 }
 
 // Narrow ones first: the first that is wide enough is taken.
 template <class Arguments>
-const Variant<Arguments>* find_variant(int64_t width, int rows) {
+const Variant<Arguments>* find_variant(bool half, int64_t layers, int64_t width, int rows) {
     static const Variant<Arguments> variants[] = {
         variant<Arguments, 8, 1, 1, 1>(), variant<Arguments, 8, 1, 1, 4>(), variant<Arguments, 8, 2, 2, 1>(),
         variant<Arguments, 8, 2, 2, 4>(), variant<Arguments, 6, 4, 4, 1>(), variant<Arguments, 6, 4, 4, 4>(),
-        variant<Arguments, 8, 4, 2, 1>(), variant<Arguments, 8, 4, 2, 4>(),
+        variant<Arguments, 8, 4, 2, 1>(), variant<Arguments, 8, 4, 2, 4>(), variant<Arguments, 6, 4, 2, 1, 2>(),
+        variant<Arguments, 8, 4, 1, 1, 2, true>(), variant<Arguments, 6, 4, 1, 1, 3, true>(),
     };
     for (const Variant<Arguments>& candidate : variants)
-        if (candidate.width >= width && candidate.rows == rows) return &candidate;
+        if (candidate.layers == layers && candidate.width >= width && candidate.rows == rows && candidate.half <= half)
+            return &candidate;
     return nullptr;
 }
 
@@ -64,21 +67,25 @@ CudaSweepPlan plan_variant(const Variant<Arguments>& variant, int64_t width, int
 }  // namespace
 
 template <class Arguments>
-CudaSweepPlan plan_cluster(int64_t width, int64_t runs, int rows, int groups) {
-    const auto* const variant = find_variant<Arguments>(width, rows ? rows : 1);
-    if (variant == nullptr) return refused("the width is above what a cluster holds");
+CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups) {
+    const auto* const variant = find_variant<Arguments>(half, layers, width, rows ? rows : 1);
+    if (variant == nullptr) return refused("the matrices are larger than what a cluster holds");
     const CudaSweepPlan plan = plan_variant(*variant, width, runs, std::max(groups, 1));
     if (plan.kernel == nullptr || groups) return plan;
     const int64_t share = (runs + plan.at_once - 1) / plan.at_once;
     if (share == 1) return plan;
-    const int together = rows ? rows : share <= 2 ? 1 : 4;
-    const int chosen = static_cast<int>(std::min<int64_t>((share + together - 1) / together, kMostGroups));
-    return plan_variant(*find_variant<Arguments>(width, together), width, runs, chosen);
+    const int together = rows ? rows : share <= 2 || layers > 1 ? 1 : 4;
+    const auto& several = *find_variant<Arguments>(half, layers, width, together);
+    for (int64_t tried = std::min<int64_t>((share + together - 1) / together, kMostGroups); tried > 1; tried--) {
+        const CudaSweepPlan fewer = plan_variant(several, width, runs, static_cast<int>(tried));
+        if (fewer.kernel != nullptr) return fewer;
+    }
+    return plan_variant(several, width, runs, 1);
 }
 
 template <class Arguments>
 const char* launch_cluster(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call) {
-    const auto kernel = find_variant<Arguments>(args.sweep.width, plan.rows)->kernel;
+    const auto kernel = find_variant<Arguments>(args.half, args.sweep.layers, args.sweep.width, plan.rows)->kernel;
     cudaError_t status = allow(kernel, plan.shared);
     if (status == cudaSuccess) {
         const ClusterLaunch launch(plan.clusters, plan.cluster, plan.threads, plan.shared, call.stream);

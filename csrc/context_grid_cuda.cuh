@@ -12,7 +12,7 @@ struct ContextForwardGrid {
         const int inputs = even(sweep.width), columns = most(sweep.width, blocks);
         const int64_t norms = 2 * aligned(sweep.layers * sweep.width * sizeof(float));
         const int64_t kept = norms + sweep.layers * columns * inputs * (half ? 2 : 4);
-        return {inputs, 0, columns, columns, int(sweep.layers), kept};
+        return {inputs, 0, columns, columns, kept};
     }
 
     template <class Member>
@@ -20,6 +20,7 @@ struct ContextForwardGrid {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, layers = sweep.layers;
         const int64_t tokens = sweep.span.tokens;
+        const float part = 1.0f / width;
         const GridShare own = member.share(width);
         const float* const gain = member.keep(sweep.ln_weight, sweep.layers * width);
         const float* const shift = member.keep(sweep.ln_bias, sweep.layers * width);
@@ -31,7 +32,7 @@ struct ContextForwardGrid {
         });
         const auto arrive = [&](int64_t step, int layer) {
             member.receive(width);
-            member.normalise(width, layer, step == 0, [&](int row, int k, float normed) {
+            member.normalise(width, part, [&](int row, int k, float normed) {
                 const float context = fmaf(normed, gain[layer * width + k], shift[layer * width + k]);
                 if (!own.has(k)) return context;
                 member.column(row)[k - own.first] = context;
@@ -67,7 +68,7 @@ struct ContextAdjointGrid {
         const int inputs = even(sweep.width), columns = most(sweep.width, blocks);
         const int64_t norms = aligned(sweep.layers * sweep.width * sizeof(float));
         const int64_t kept = norms + sweep.layers * columns * inputs * (half ? 2 : 4);
-        return {inputs, 3 * inputs, columns, columns, 0, kept};
+        return {inputs, 3 * inputs, columns, columns, kept};
     }
 
     template <class Member>
@@ -75,6 +76,7 @@ struct ContextAdjointGrid {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, layers = sweep.layers, apart = even(width);
         const int64_t stages = sweep.span.tokens * layers;
+        const float part = 1.0f / width;
         const GridShare own = member.share(width);
         const float* const gain = member.keep(sweep.ln_weight, sweep.layers * width);
         const GridMatrix weight = member.keep(sweep.weight, layers, width, 1, width);
@@ -110,7 +112,7 @@ struct ContextAdjointGrid {
                 if (own.has(k)) sweep.total[place(row, stage) * width + k] = total;
                 x = total * gain[layer * width + k];
             });
-            member.normalise_gradient(width, rstd, normed, [&](int row, int k, float gradient) {
+            member.normalise_gradient(width, part, rstd, normed, [&](int row, int k, float gradient) {
                 const float change = gradient * slope(row)[k];
                 member.input(row)[k] = change;
                 if (!own.has(k)) return;

@@ -14,7 +14,7 @@ inline CudaSweepPlan refused(const char* reason) {
 
 // Few rows (context_sweep_cluster.cuh). Arguments: forward or adjoint.
 template <class Arguments>
-CudaSweepPlan plan_cluster(int64_t width, int64_t runs, int rows, int groups);
+CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups);
 template <class Arguments>
 const char* launch_cluster(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
 

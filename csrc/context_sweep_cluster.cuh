@@ -1,4 +1,5 @@
-// The skeleton of a sweep of one matrix on thread-block clusters: W in registers, one exchange a token.
+// The skeleton of a sweep of one or a few matrices in turn on thread-block clusters: W in registers and, as far as
+// these do not suffice, in shared memory; one exchange a stage, that is a token's layer.
 //
 // A cluster sweeps a few runs (rows) of tokens, four of them or one at a time (a group; groups take turns, so that one
 // computes while the messages of another travel). Every warp of the cluster owns kColumns columns of the vector that
@@ -12,6 +13,7 @@
 #include <cuda_bf16.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #include "cuda_cluster.cuh"
 #include "cuda_lanes.cuh"
@@ -22,11 +24,14 @@ constexpr int kSweepWarps = 8;
 constexpr int kSweepThreads = 32 * kSweepWarps;
 
 // Columns: of one warp. Senders: the cluster has at most 32 * Senders warps. W is cut into a share for every warp that
-// sends and every one that receives; a lane holds Senders of them, Resident in registers, the others in shared memory.
-// Rows: of a group, 1 or 4.
-template <int Columns, int Senders, int Resident, int Rows>
+// sends and every one that receives; a lane holds Senders of them, Resident in registers, the others in shared memory,
+// where Half keeps them in bfloat16. Rows: of a group, 1 or 4. Layers: matrices, each of which is held so.
+template <int Columns, int Senders, int Resident, int Rows, int Layers, bool Half>
 struct SweepTile {
-    static constexpr int kColumns = Columns, kSenders = Senders, kResident = Resident, kRows = Rows;
+    static constexpr int kColumns = Columns, kSenders = Senders, kResident = Resident, kRows = Rows, kLayers = Layers;
+    static constexpr bool kHalf = Half;
+    using Quad = std::conditional_t<Half, uint2, float4>;  // four stored entries of W
+    static constexpr int kStored = Senders - Resident;
     static constexpr int kQuads = (Columns + 2 + 3) / 4;  // of a warp's message: columns and two sums
     static constexpr int kMessage = Rows * kQuads * kSweepWarps;  // quads that a block sends to another
     static constexpr int kVector = 4 * Senders * kMessage;        // quads of a group's vector
@@ -48,7 +53,8 @@ __host__ __device__ inline SweepLayout sweep_layout(int groups) {
     SweepLayout at{};
     at.outbox = size_t(2) * groups * Tile::kVector * sizeof(float4);
     at.weights = at.outbox + 2 * Tile::kMessage * sizeof(float4);
-    at.state = at.weights + (Tile::kSenders - Tile::kResident) * Tile::kShareQuads * sizeof(float4) * kSweepThreads;
+    at.state = at.weights +
+               Tile::kLayers * Tile::kStored * Tile::kShareQuads * sizeof(typename Tile::Quad) * kSweepThreads;
     at.barriers = at.state + (groups > 1 ? groups * sizeof(typename Step::State) * kSweepThreads : 0);
     at.total = at.barriers + 2 * groups * sizeof(uint64_t);
     return at;
@@ -113,13 +119,31 @@ __device__ __forceinline__ float load_weight(const void* weight, int index) {
     return static_cast<const float*>(weight)[index];
 }
 
+__device__ __forceinline__ void pack(const float* entries, float4& quad) {
+    quad = make_float4(entries[0], entries[1], entries[2], entries[3]);
+}
+__device__ __forceinline__ void unpack(const float4& quad, float* entries) {
+    entries[0] = quad.x, entries[1] = quad.y, entries[2] = quad.z, entries[3] = quad.w;
+}
+// Numbers that bfloat16 holds exactly.
+__device__ __forceinline__ void pack(const float* entries, uint2& quad) {
+    quad.x = __float_as_uint(entries[0]) >> 16 | __float_as_uint(entries[1]);
+    quad.y = __float_as_uint(entries[2]) >> 16 | __float_as_uint(entries[3]);
+}
+__device__ __forceinline__ void unpack(const uint2& quad, float* entries) {
+    constexpr uint32_t upper = 0xffff0000u;
+    entries[0] = __uint_as_float(quad.x << 16), entries[1] = __uint_as_float(quad.x & upper);
+    entries[2] = __uint_as_float(quad.y << 16), entries[3] = __uint_as_float(quad.y & upper);
+}
+
 template <class Tile, class Step>
 struct Sweeper {
+    using Quad = typename Tile::Quad;
     using Weights = float[Tile::kColumns][Tile::kColumns];  // by column that is made, by column that arrived
 
     const Place place;
     const int width;
-    float weight[Tile::kResident][Tile::kColumns][Tile::kColumns];
+    float weight[Tile::kLayers][Tile::kResident][Tile::kColumns][Tile::kColumns];
 
     static __device__ __forceinline__ float4* vector(int buffer) {
         return reinterpret_cast<float4*>(dynamic_shared()) + buffer * Tile::kVector;
@@ -128,78 +152,58 @@ struct Sweeper {
     static __device__ __forceinline__ int slot(int worker, int row, int quad) {
         return worker / kSweepWarps * Tile::kMessage + (row * Tile::kQuads + quad) * kSweepWarps + worker % kSweepWarps;
     }
-    __device__ __forceinline__ float4* share(const SweepLayout& at, int p) const {
-        return reinterpret_cast<float4*>(dynamic_shared() + at.weights) +
-               (p - Tile::kResident) * Tile::kShareQuads * kSweepThreads + threadIdx.x;
+    static __device__ __forceinline__ Quad* share(const SweepLayout& at, int layer, int p) {
+        return reinterpret_cast<Quad*>(dynamic_shared() + at.weights) +
+               (layer * Tile::kStored + p - Tile::kResident) * Tile::kShareQuads * kSweepThreads + threadIdx.x;
     }
     __device__ __forceinline__ int arriving(int p, int i) const { return (p * 32 + place.lane) * Tile::kColumns + i; }
 
     template <bool half>
-    __device__ __forceinline__ void load_share(const void* matrix, int p, Weights& w) const {
+    __device__ __forceinline__ void load_share(const void* matrices, int layer, int p, Weights& w) const {
 #pragma unroll
         for (int j = 0; j < Tile::kColumns; j++)
 #pragma unroll
             for (int i = 0; i < Tile::kColumns; i++) {
                 const int to = place.first + j, from = arriving(p, i), last = width - 1;
-                const float value = load_weight<half>(matrix, Step::index(width, min(to, last), min(from, last)));
+                const int entry = layer * width * width + Step::index(width, min(to, last), min(from, last));
+                const float value = load_weight<half>(matrices, entry);
                 w[j][i] = max(to, from) < width ? value : 0.0f;
             }
     }
 
     template <bool half>
-    __device__ __forceinline__ void load_weights(const SweepLayout& at, const void* matrix) {
+    __device__ __forceinline__ void load_weights(const SweepLayout& at, const void* matrices) {
 #pragma unroll
-        for (int p = 0; p < Tile::kResident; p++) load_share<half>(matrix, p, weight[p]);
-        for (int p = Tile::kResident; p < Tile::kSenders; p++) {
-            Weights w;
-            load_share<half>(matrix, p, w);
-            store_share(at, p, w);
-        }
-    }
-
-    __device__ __forceinline__ void store_share(const SweepLayout& at, int p, const Weights& w) const {
+        for (int layer = 0; layer < Tile::kLayers; layer++) {
 #pragma unroll
-        for (int q = 0; q < Tile::kShareQuads; q++) {
-            const float* flat = &w[0][0] + 4 * q;
-            share(at, p)[q * kSweepThreads] = make_float4(flat[0], flat[1], flat[2], flat[3]);
-        }
-    }
-
-    __device__ __forceinline__ void fetch_share(const SweepLayout& at, int p, Weights& w) const {
-#pragma unroll
-        for (int q = 0; q < Tile::kShareQuads; q++) {
-            const float4 quad = share(at, p)[q * kSweepThreads];
-            float* flat = &w[0][0] + 4 * q;
-            flat[0] = quad.x, flat[1] = quad.y, flat[2] = quad.z, flat[3] = quad.w;
-        }
-    }
-
-    // W's columns times the factors.
-    __device__ __forceinline__ void scale(const SweepLayout& at, const float* factors) {
-#pragma unroll
-        for (int p = 0; p < Tile::kSenders; p++) {
-            Weights w;
-            Weights& scaled = p < Tile::kResident ? weight[p < Tile::kResident ? p : 0] : w;
-            if (p >= Tile::kResident) fetch_share(at, p, w);
-#pragma unroll
-            for (int i = 0; i < Tile::kColumns; i++) {
-                const float factor = factors[min(arriving(p, i), width - 1)];
-#pragma unroll
-                for (int j = 0; j < Tile::kColumns; j++) scaled[j][i] *= factor;
+            for (int p = 0; p < Tile::kResident; p++) load_share<half>(matrices, layer, p, weight[layer][p]);
+            for (int p = Tile::kResident; p < Tile::kSenders; p++) {
+                Weights w;
+                load_share<half>(matrices, layer, p, w);
+                store_share(at, layer, p, w);
             }
-            if (p >= Tile::kResident) store_share(at, p, w);
         }
     }
 
-    __device__ __forceinline__ Arrival receive(const SweepLayout& at, int buffer) const {
+    static __device__ __forceinline__ void store_share(const SweepLayout& at, int layer, int p, const Weights& w) {
+#pragma unroll
+        for (int q = 0; q < Tile::kShareQuads; q++) pack(&w[0][0] + 4 * q, share(at, layer, p)[q * kSweepThreads]);
+    }
+
+    static __device__ __forceinline__ void fetch_share(const SweepLayout& at, int layer, int p, Weights& w) {
+#pragma unroll
+        for (int q = 0; q < Tile::kShareQuads; q++) unpack(share(at, layer, p)[q * kSweepThreads], &w[0][0] + 4 * q);
+    }
+
+    __device__ __forceinline__ Arrival receive(const SweepLayout& at, int layer, int buffer) const {
         const float4* const vector = Sweeper::vector(buffer) + slot(place.lane, 0, 0);
         float values[Tile::kRowValues] = {}, first[Tile::kRows] = {}, second[Tile::kRows] = {};
 #pragma unroll
         for (int p = 0; p < Tile::kSenders; p++) {
             Weights fetched;
-            if (p >= Tile::kResident) fetch_share(at, p, fetched);
+            if (p >= Tile::kResident) fetch_share(at, layer, p, fetched);
             const Weights& other = fetched;
-            const Weights& w = p < Tile::kResident ? weight[p < Tile::kResident ? p : 0] : other;
+            const Weights& w = p < Tile::kResident ? weight[layer][p < Tile::kResident ? p : 0] : other;
 #pragma unroll
             for (int r = 0; r < Tile::kRows; r++) {
                 float x[4 * Tile::kQuads];
@@ -234,24 +238,24 @@ struct Sweeper {
         }
     }
 
-    // The products with vectors in global memory, one for each of the group's `rows` (null: all ones; for the other
-    // rows: zeros), and as the first sum theirs over the columns. Before the first exchange, by the whole block.
-    __device__ __forceinline__ Arrival receive_from(const SweepLayout& at, const float* vectors, int64_t rows,
-                                                    int stride) const {
+    // A layer's products with vectors in global memory, one for each of the group's `rows` (for the other rows: zeros),
+    // and as the first sum theirs over the columns. Before the first exchange, by the whole block.
+    __device__ __forceinline__ Arrival receive_from(const SweepLayout& at, int layer, const float* vectors,
+                                                    int64_t rows, int stride) const {
         constexpr int workers = 32 * Tile::kSenders;
         for (int i = threadIdx.x; i < Tile::kRows * workers; i += kSweepThreads) {
             const int r = i / workers, worker = i % workers;
             float x[4 * Tile::kQuads] = {};
             for (int i = 0; i < Tile::kColumns; i++) {
                 const int column = worker * Tile::kColumns + i;
-                if (column < width && r < rows) x[i] = vectors ? vectors[r * stride + column] : 1.0f;
+                if (column < width && r < rows) x[i] = vectors[r * stride + column];
                 x[Tile::kColumns] += x[i];
             }
             for (int q = 0; q < Tile::kQuads; q++)
                 vector(0)[slot(worker, r, q)] = make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]);
         }
         __syncthreads();
-        const Arrival arrival = receive(at, 0);
+        const Arrival arrival = receive(at, layer, 0);
         __syncthreads();
         return arrival;
     }
@@ -327,7 +331,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
             barrier_init(sweeper.barrier(at, b));
             barrier_expect(sweeper.barrier(at, b), bytes);
         }
-    if (args.half) sweeper.template load_weights<true>(at, args.sweep.weight);
+    if (Tile::kHalf || args.half) sweeper.template load_weights<true>(at, args.sweep.weight);
     else sweeper.template load_weights<false>(at, args.sweep.weight);
     __syncthreads();
     const int64_t first_row = int64_t(blockIdx.x / blocks) * groups * Tile::kRows;
@@ -341,24 +345,30 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
 
     for (int group = 0; group < groups; group++) {
         if (groups > 1) state = states[group * kSweepThreads];
-        sweeper.depart(at, Step::departure(state), group);
+        sweeper.depart(at, Step::departure(constants, state, 0), group);
     }
-    const int tokens = args.sweep.span.tokens;
+    const int stages = static_cast<int>(args.sweep.span.tokens) * Tile::kLayers;
     const float share = 1.0f / sweeper.width;
     bool alive = true;
-    for (int token = 0; token < tokens; token++) {
-        const int buffer = (token & 1) * groups;
-        for (int group = 0; group < groups; group++) {
-            if (groups > 1) state = states[group * kSweepThreads];
-            const auto ahead = Step::fetch(args, token + 2 < tokens, state);
-            uint64_t* const barrier = sweeper.barrier(at, buffer + group);
-            // After a wait that was given up nothing is waited for, so that all come to the end.
-            alive = alive && __all_sync(~0u, barrier_wait(barrier, (token >> 1) & 1));
-            if (threadIdx.x == 0 && alive) barrier_expect(barrier, bytes);
-            Step::arrive(place, constants, sweeper.receive(at, buffer + group), share, token + 1 < tokens, state);
-            if (token + 1 < tokens) sweeper.depart(at, Step::departure(state), groups - buffer + group);
-            Step::keep(state, ahead);
-            if (groups > 1) states[group * kSweepThreads] = state;
+    for (int first = 0; first < stages; first += Tile::kLayers) {
+#pragma unroll
+        for (int turn = 0; turn < Tile::kLayers; turn++) {
+            const int stage = first + turn, buffer = (stage & 1) * groups;
+            const bool more = stage + 1 < stages;
+            for (int group = 0; group < groups; group++) {
+                if (groups > 1) state = states[group * kSweepThreads];
+                const auto ahead = Step::fetch(args, stage + 2 < stages, state);
+                uint64_t* const barrier = sweeper.barrier(at, buffer + group);
+                // After a wait that was given up nothing is waited for, so that all come to the end.
+                alive = alive && __all_sync(~0u, barrier_wait(barrier, (stage >> 1) & 1));
+                if (threadIdx.x == 0 && alive) barrier_expect(barrier, bytes);
+                const Arrival arrival = sweeper.receive(at, Step::multiplied(turn), buffer + group);
+                Step::arrive(place, constants, arrival, share, more, turn, state);
+                const int next = (turn + 1) % Tile::kLayers;
+                if (more) sweeper.depart(at, Step::departure(constants, state, next), groups - buffer + group);
+                Step::keep(state, ahead);
+                if (groups > 1) states[group * kSweepThreads] = state;
+            }
         }
     }
     for (int group = 0; group < groups; group++) {

@@ -15,13 +15,13 @@ constexpr int kLeastClusterWidth = 32;
 // Whether every row has a cluster of its own, which tensor cores do not beat.
 bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && plan.rows * plan.groups == 1; }
 
-// The fastest for the width and number of runs; any of the arguments' kernels need one layer and clusters.
+// The fastest on clusters for the width and number of runs.
 template <class Arguments>
-CudaSweepPlan choose(bool half, int64_t width, int64_t runs, int rows, int groups) {
+CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups) {
     if (rows == kTensorRowsTogether)
         return half ? plan_tensor<Arguments>(width, runs) : refused("tensor cores take bfloat16 matrices only");
-    const CudaSweepPlan cluster = plan_cluster<Arguments>(width, runs, rows, groups);
-    if (rows || groups || !half || (cluster.kernel != nullptr && few(cluster))) return cluster;
+    const CudaSweepPlan cluster = plan_cluster<Arguments>(half, layers, width, runs, rows, groups);
+    if (rows || groups || !half || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
     const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
     return tensor.kernel != nullptr ? tensor : cluster;
 }
@@ -52,8 +52,8 @@ const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const Cu
 template <class Arguments, class Sweep>
 CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device, int rows, int groups) {
     const bool wide = width >= kLeastClusterWidth || rows > 0;
-    if (rows != kGridRowsWanted && layers == 1 && wide && has_clusters(device)) {
-        const CudaSweepPlan plan = choose<Arguments>(half, width, runs, rows, groups);
+    if (rows != kGridRowsWanted && wide && has_clusters(device)) {
+        const CudaSweepPlan plan = choose<Arguments>(half, layers, width, runs, rows, groups);
         if (plan.kernel != nullptr || rows || groups) return plan;
     }
     Sweep sweep{};

@@ -15,7 +15,7 @@ struct GatedForwardGrid {
         const int64_t matrices = hidden * even(sweep.width) +
                                  (sweep.deeper * hidden + kGates * context) * even(sweep.hidden);
         const int64_t kept = 2 * aligned(sweep.width * sizeof(float)) + matrices * (half ? 2 : 4);
-        return {even(larger(sweep.width, sweep.hidden)), 0, int(context), int(larger(hidden, kGates * context)), 1, kept};
+        return {even(larger(sweep.width, sweep.hidden)), 0, int(context), int(larger(hidden, kGates * context)), kept};
     }
 
     template <class Member>
@@ -23,6 +23,7 @@ struct GatedForwardGrid {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, hidden = sweep.hidden;
         const int64_t tokens = sweep.span.tokens;
+        const float part = 1.0f / width;
         const GridShare own = member.share(width), own_hidden = member.share(hidden);
         const float* const gain = member.keep(sweep.ln_weight, width);
         const float* const shift = member.keep(sweep.ln_bias, width);
@@ -43,7 +44,7 @@ struct GatedForwardGrid {
                 return sweep.drive[member.token(row, step) * hidden + own_hidden.first + output];
             };
             const float early = member.early(own_hidden.count, drive);
-            if (step > 0) arrive(member, step - 1, own, gain, shift);
+            if (step > 0) arrive(member, step - 1, part, own, gain, shift);
             member.multiply(enter, 0, 1, own_hidden.count, 1, width);
             member.template finish<1>(own_hidden.count, early, drive, rectified);
             for (int64_t layer = 0; layer < sweep.deeper; layer++) {
@@ -66,16 +67,16 @@ struct GatedForwardGrid {
                                              sums[2] + bias[2 * width]));
                 });
         }
-        arrive(member, tokens - 1, own, gain, shift);
+        arrive(member, tokens - 1, part, own, gain, shift);
     }
 
     template <class Member>
-    static __device__ void arrive(Member& member, int64_t step, const GridShare& own, const float* gain,
+    static __device__ void arrive(Member& member, int64_t step, float part, const GridShare& own, const float* gain,
                                   const float* shift) {
         const Sweep& sweep = member.sweep;
         const int64_t width = sweep.width;
         member.receive(width);
-        member.normalise(width, 0, step == 0, [&](int row, int k, float normed) {
+        member.normalise(width, part, [&](int row, int k, float normed) {
             const float free = fmaf(normed, gain[k], shift[k]);
             const float context = free > sweep.clamp ? sweep.clamp : free < -sweep.clamp ? -sweep.clamp : free;
             if (!own.has(k)) return context;
@@ -96,13 +97,14 @@ struct GatedAdjointGrid {
         const int width = even(sweep.width), gates = kGates * width;
         const int64_t matrices = hidden * gates + (sweep.deeper * hidden + context) * even(sweep.hidden);
         const int64_t kept = aligned(width * sizeof(float)) + matrices * (half ? 2 : 4);
-        return {larger(gates, even(sweep.hidden)), 3 * width + gates, int(context), int(larger(hidden, context)), 0, kept};
+        return {larger(gates, even(sweep.hidden)), 3 * width + gates, int(context), int(larger(hidden, context)), kept};
     }
 
     template <class Member>
     static __device__ void run(Member& member) {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, hidden = sweep.hidden;
+        const float part = 1.0f / width;
         const int64_t layers = sweep.deeper + 1, last_step = sweep.span.tokens - 1;
         const GridShare own = member.share(width), own_hidden = member.share(hidden);
         const float* const gain = member.keep(sweep.ln_weight, width);
@@ -114,7 +116,7 @@ struct GatedAdjointGrid {
             member.input(row)[k] = sweep.last[(member.first + row) * width + k];
         });
         for (int64_t step = last_step; step >= 0; step--) {
-            through_gates(member, step, own, gain);
+            through_gates(member, step, part, own, gain);
             if (step > 0) fetch_ahead(member, step - 1);
             for (int64_t layer = layers - 1; layer >= 0; layer--) {
                 const auto place = [&](int row, int output) {
@@ -169,7 +171,8 @@ struct GatedAdjointGrid {
 
     // The gradients of what the layer norm read, and of what the gates' functions read, which become the inputs.
     template <class Member>
-    static __device__ void through_gates(Member& member, int64_t step, const GridShare& own, const float* gain) {
+    static __device__ void through_gates(Member& member, int64_t step, float part, const GridShare& own,
+                                         const float* gain) {
         const Sweep& sweep = member.sweep;
         const int width = sweep.width, apart = even(width);
         float rstd[Member::kMostRows] = {};
@@ -185,7 +188,7 @@ struct GatedAdjointGrid {
             x = total * gain[k];
         });
         const auto normed = [&](int row, int k) { return member.ahead(row)[apart + k]; };
-        member.normalise_gradient(width, rstd, normed, [&](int row, int k, float gradient) {
+        member.normalise_gradient(width, part, rstd, normed, [&](int row, int k, float gradient) {
             if (own.has(k)) member.column(row)[k - own.first] = gradient;
             const int64_t token = member.token(row, step);
             for (int g = 0; g < kGates; g++) {

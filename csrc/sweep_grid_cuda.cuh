@@ -8,17 +8,12 @@
 // and so nobody can post one before everybody has received the last but one.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "context_arguments_cuda.cuh"
 #include "context_cell.h"
 #include "cuda_grid.cuh"
-#include "cuda_lanes.cuh"
+#include "grid_product_cuda.cuh"
 
 namespace newllm {
-
-constexpr int kGridThreads = 256;
-constexpr int kGridWarps = kGridThreads / 32;
 
 struct GridTeams {
     int rows;           // that a team takes at a time
@@ -36,16 +31,14 @@ struct GridSizes {
     int ahead;     // of a row: what is fetched ahead of its use
     int columns;   // of a row: the block's columns of the context, at most
     int products;  // the block's columns of all products, at most
-    int norms;     // layer norms
     int64_t kept;  // bytes worth keeping beyond that, matrices above all
 };
 
 // Where things lie there, in bytes.
 struct GridLayout {
-    size_t inputs, ahead, columns, centres, sums, products, kept;
+    size_t inputs, ahead, columns, sums, products, kept;
 };
 
-__host__ __device__ inline int even(int64_t n) { return static_cast<int>((n + 1) / 2 * 2); }
 __host__ __device__ inline int most(int64_t columns, int blocks) { return int((columns + blocks - 1) / blocks); }
 template <class Number>
 __host__ __device__ inline Number larger(Number a, Number b) {
@@ -58,9 +51,8 @@ __host__ __device__ inline GridLayout grid_layout(const GridSizes& sizes, int ro
     at.inputs = compiled_rows * sizeof(int64_t);  // after each row's first token
     at.ahead = aligned(at.inputs + size_t(rows) * sizes.inputs * sizeof(float));
     at.columns = aligned(at.ahead + size_t(rows) * sizes.ahead * sizeof(float));
-    at.centres = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
-    at.sums = aligned(at.centres + size_t(compiled_rows) * sizes.norms * sizeof(float));
-    at.products = aligned(at.sums + size_t(kGridWarps) * 2 * compiled_rows * sizeof(float));
+    at.sums = aligned(at.columns + size_t(rows) * sizes.columns * sizeof(float));
+    at.products = aligned(at.sums + size_t(kGridWarps) * compiled_rows * sizeof(float4));
     at.kept = aligned(at.products + size_t(2) * kGridWarps * sizes.products * compiled_rows * sizeof(float));
     return at;
 }
@@ -72,18 +64,9 @@ struct GridShare {
     __device__ bool has(int column) const { return unsigned(column - first) < unsigned(count); }
 };
 
-// The block's rows of matrices, in elements: matrix [group], row [output], piece of its row [segment].
-struct GridMatrix {
-    const void* data;
-    int64_t group;
-    int row, segment;
-    bool kept;
-};
-
 template <class Sweep, int kRows>
 struct GridMember {
     static constexpr int kMostRows = kRows;
-    static constexpr int kChunk = kRows == 1 ? 8 : 32 / kRows;  // products that are summed up together
 
     const Sweep& sweep;
     const GridTeams& team;
@@ -95,6 +78,8 @@ struct GridMember {
     uint32_t exchange = 1;  // the next
     bool alive = true;      // no wait was given up; after that nothing is waited for, so that all come to the end
     char* room;             // of the block's shared memory what is not in use
+    const float share_of_warp;  // of the context's columns
+    const float part_of_warp;   // one over their number; 0 without any
 
     __device__ GridMember(const Sweep& sweep, const GridTeams& team, const GridSizes& sizes)
         : sweep(sweep),
@@ -102,7 +87,9 @@ struct GridMember {
           sizes(sizes),
           at(grid_layout(sizes, team.rows, kRows)),
           block(blockIdx.x % team.blocks),
-          room(dynamic_shared() + at.kept) {}
+          room(dynamic_shared() + at.kept),
+          share_of_warp(float(columns_of_warp(int(sweep.width))) / sweep.width),
+          part_of_warp(share_of_warp > 0.0f ? 1.0f / columns_of_warp(int(sweep.width)) : 0.0f) {}
 
     __device__ void take(int64_t row, int rows) {
         first = row;
@@ -194,75 +181,37 @@ struct GridMember {
         exchange++;
     }
 
-    // Sums over the block's threads.
-    __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
-        constexpr int n = 2 * kRows;
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const float part = sum_of_lanes<n>(values, lane);
-        float* const parts = floats(at.sums);
-        if (lane % (32 / n) == 0) parts[warp * n + lane / (32 / n)] = part;
-        __syncthreads();
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kGridWarps; w++) total += parts[w * n + lane % n];
-#pragma unroll
-        for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total, i);
-    }
-
-    // Replaces the inputs x by result(row, k, normed x). Sums and squares are of x less the mean of the last token.
+    // Replaces the inputs x by result(row, k, normed x).
     template <class Result>
-    __device__ __forceinline__ void normalise(int width, int norm, bool fresh, Result result) const {
-        float* const centres = floats(at.centres) + norm * kRows;
-        float centre[kRows], sums[2 * kRows] = {};
-        if (fresh) __syncthreads();
-#pragma unroll
-        for (int row = 0; row < kRows; row++)
-            if (exists(row)) centre[row] = fresh ? input(row)[0] : centres[row];
+    __device__ __forceinline__ void normalise(int width, float part, Result result) const {
+        float mean[kRows], rstd[kRows];
+        moments(width, part, mean, rstd);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
-            each(width, [&](int k) {
-                const float x = input(row)[k] - centre[row];
-                sums[2 * row] += x;
-                sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
-            });
-        }
-        sum(sums);
-        const float part = 1.0f / width;
-#pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            if (!exists(row)) continue;
-            const float mean = sums[2 * row] * part;
-            const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, sums[2 * row + 1] * part), 0.0f) + kLayerNormEps);
-            if (threadIdx.x == 0) centres[row] = centre[row] + mean;
             each(width, [&](int k) {
                 float& x = input(row)[k];
-                x = result(row, k, (x - centre[row] - mean) * rstd);
+                x = result(row, k, (x - mean[row]) * rstd[row]);
             });
         }
     }
 
     // The inputs x are gradients times a layer norm's weight: result(row, k, gradient of what the layer norm read).
     template <class Normed, class Result>
-    __device__ __forceinline__ void normalise_gradient(int width, const float (&rstd)[kRows], Normed normed,
+    __device__ __forceinline__ void normalise_gradient(int width, float part, const float (&rstd)[kRows], Normed normed,
                                                        Result result) const {
         float sums[2 * kRows] = {};
-#pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            if (!exists(row)) continue;
-            each(width, [&](int k) {
-                sums[2 * row] += input(row)[k];
-                sums[2 * row + 1] = fmaf(input(row)[k], normed(row, k), sums[2 * row + 1]);
-            });
-        }
+        each_of_all(width, [&](int row, int k) {
+            sums[2 * row] += input(row)[k];
+            sums[2 * row + 1] = fmaf(input(row)[k], normed(row, k), sums[2 * row + 1]);
+        });
         sum(sums);
-        const float part = 1.0f / width;
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
-            const float mean = sums[2 * row] * part, mean_normed = sums[2 * row + 1] * part;
             each(width, [&](int k) {
-                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), mean, mean_normed, rstd[row]));
+                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), sums[2 * row] * part,
+                                                   sums[2 * row + 1] * part, rstd[row]));
             });
         }
     }
@@ -271,12 +220,14 @@ struct GridMember {
     // from that group on. finish() has them.
     __device__ __forceinline__ void multiply(const GridMatrix& matrix, int64_t group, int groups, int outputs,
                                              int segments, int width) const {
+        const GridFactors factors{matrix, group, at.inputs, product_parts(), sizes.inputs, sizes.products, count,
+                                  groups, outputs, segments, width};
         if (team.half) {
-            if (matrix.kept) products<__nv_bfloat16, true>(matrix, group, groups, outputs, segments, width);
-            else products<__nv_bfloat16, false>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) grid_products<kRows, __nv_bfloat16, true>(factors);
+            else grid_products<kRows, __nv_bfloat16, false>(factors);
         } else {
-            if (matrix.kept) products<float, true>(matrix, group, groups, outputs, segments, width);
-            else products<float, false>(matrix, group, groups, outputs, segments, width);
+            if (matrix.data == nullptr) grid_products<kRows, float, true>(factors);
+            else grid_products<kRows, float, false>(factors);
         }
     }
 
@@ -291,7 +242,7 @@ struct GridMember {
     template <int kGroups, class Fetch, class Use>
     __device__ __forceinline__ void finish(int outputs, float early, Fetch fetch, Use use) const {
         __syncthreads();
-        const float* const parts = product_parts();
+        const float* const parts = floats(product_parts());
         for (int i = threadIdx.x; i < outputs * kRows; i += kGridThreads) {
             const int row = i % kRows, output = i / kRows;
             if (!exists(row)) continue;
@@ -307,10 +258,74 @@ struct GridMember {
     }
 
   private:
+    // Of so many, those that are this warp's: 64 in every round of the block.
+    static __device__ int columns_of_warp(int width) {
+        const int warp = threadIdx.x / 32, rest = width % (2 * kGridThreads) - 64 * warp;
+        return width / (2 * kGridThreads) * 64 + min(max(rest, 0), 64);
+    }
     __device__ float* floats(size_t offset) const { return reinterpret_cast<float*>(dynamic_shared() + offset); }
+    // Over the block's threads, of two values for each row.
+    __device__ __forceinline__ void sum(float (&values)[2 * kRows]) const {
+        constexpr int n = 2 * kRows;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const float part = sum_of_lanes<n>(values, lane);
+        float* const parts = floats(at.sums);
+        if (lane % (32 / n) == 0) parts[warp * n + lane / (32 / n)] = part;
+        __syncthreads();
+        float total[2] = {};
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) total[w % 2] += parts[w * n + lane % n];
+#pragma unroll
+        for (int i = 0; i < n; i++) values[i] = __shfl_sync(~0u, total[0] + total[1], i);
+    }
+
+    // Of the inputs, their means and the deviations' reciprocals. A warp sums up what is left when one of its numbers is
+    // taken away, so that little cancels; the warps' means and squares add up as in Chan, Golub and LeVeque (1979).
+    __device__ __forceinline__ void moments(int width, float part, float (&mean)[kRows], float (&rstd)[kRows]) const {
+        constexpr int n = 2 * kRows, apart = 32 / n;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        float pivot[kRows], sums[n] = {};
+        __syncwarp();
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            pivot[row] = part_of_warp > 0.0f && exists(row) ? input(row)[64 * warp] : 0.0f;
+        each_of_all(width, [&](int row, int k) {
+            const float x = input(row)[k] - pivot[row];
+            sums[2 * row] += x;
+            sums[2 * row + 1] = fmaf(x, x, sums[2 * row + 1]);
+        });
+        const float own = sum_of_lanes<n>(sums, lane), squares = __shfl_xor_sync(~0u, own, apart);
+        const float moved = own * part_of_warp;
+        float4* const parts = reinterpret_cast<float4*>(floats(at.sums));
+#pragma unroll
+        for (int row = 0; row < kRows; row++)
+            if (lane == 2 * row * apart)
+                parts[warp * kRows + row] =
+                    make_float4(share_of_warp, pivot[row] + moved, fmaf(-own, moved, squares), 0.0f);
+        __syncthreads();
+        const float first = parts[lane % kRows].y;
+        float away[2] = {}, between[2] = {}, within[2] = {};
+#pragma unroll
+        for (int w = 0; w < kGridWarps; w++) {
+            const float4 one = parts[w * kRows + lane % kRows];
+            const float from = one.y - first, weighted = one.x * from;
+            away[w % 2] += weighted;
+            between[w % 2] = fmaf(weighted, from, between[w % 2]);
+            within[w % 2] += one.z;
+        }
+        const float shift = away[0] + away[1];
+        const float variance = fmaf(within[0] + within[1], part, fmaf(-shift, shift, between[0] + between[1]));
+        const float deviation = rsqrtf(variance + kLayerNormEps);
+#pragma unroll
+        for (int row = 0; row < kRows; row++) {
+            mean[row] = kRows == 1 ? first + shift : __shfl_sync(~0u, first + shift, row);
+            rstd[row] = kRows == 1 ? deviation : __shfl_sync(~0u, deviation, row);
+        }
+    }
+
     // [warp, product, row]; those of one exchange are read while those of the next are written.
-    __device__ float* product_parts() const {
-        return floats(at.products) + exchange % 2 * kGridWarps * sizes.products * kRows;
+    __device__ size_t product_parts() const {
+        return at.products + exchange % 2 * kGridWarps * sizes.products * kRows * sizeof(float);
     }
     __device__ Packet* slots(int row) const {
         const int64_t team_number = blockIdx.x / team.blocks;
@@ -324,13 +339,6 @@ struct GridMember {
         return begin;
     }
 
-    static __device__ __forceinline__ float number(float x) { return x; }
-    static __device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-    static __device__ __forceinline__ float2 pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
-    static __device__ __forceinline__ float2 pair(const __nv_bfloat16* x) {
-        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
-    }
-
     template <class Value>
     __device__ GridMatrix keep_rows(const Value* from, int64_t groups, int64_t outputs, int segments, int64_t width) {
         const GridShare own = share(outputs);
@@ -338,7 +346,7 @@ struct GridMember {
         Value* const kept = reinterpret_cast<Value*>(reserve(groups * own.count * row * int64_t(sizeof(Value))));
         if (kept == nullptr) {
             const int64_t whole = segments * width;
-            return {from + own.first * whole, outputs * whole, int(whole), int(width), false};
+            return {from + own.first * whole, 0, outputs * whole, int(whole), int(width)};
         }
         for (int64_t line = threadIdx.x / 32; line < groups * own.count * segments; line += kGridWarps) {
             const int64_t group = line / (own.count * segments), rest = line % (own.count * segments);
@@ -347,51 +355,8 @@ struct GridMember {
                 kept[line * segment + k] = k < width ? source[k] : Value(0.0f);
         }
         __syncthreads();
-        return {kept, int64_t(own.count) * row, row, segment, true};
-    }
-
-    template <class Value, bool kKept>
-    __device__ __forceinline__ void products(const GridMatrix& matrix, int64_t group, int groups, int outputs,
-                                             int segments, int width) const {
-        constexpr int n = kChunk * kRows;
-        const int lane = threadIdx.x % 32;
-        float* const parts = product_parts() + threadIdx.x / 32 * sizes.products * kRows;
-        for (int g = 0; g < groups; g++)
-            for (int output = 0; output < outputs; output += kChunk) {
-                const Value* const rows = static_cast<const Value*>(matrix.data) + (group + g) * matrix.group +
-                                          int64_t(output) * matrix.row;
-                float sums[n] = {};
-                for (int segment = 0; segment < segments; segment++)
-#pragma unroll 1
-                    for (int k = 2 * threadIdx.x; k < width; k += 2 * kGridThreads)
-                        add_products<Value, kKept>(rows + segment * matrix.segment + k, matrix.row, outputs - output,
-                                                   segment * even(width) + k, k + 1 < width, sums);
-                const float total = sum_of_lanes<n>(sums, lane);
-                const int value = lane / (32 / n);
-                if (lane % (32 / n) == 0 && output + value / kRows < outputs)
-                    parts[(g * outputs + output) * kRows + value] = total;
-            }
-    }
-
-    template <class Value, bool kKept>
-    __device__ __forceinline__ void add_products(const Value* weight, int apart, int outputs, int k, bool two,
-                                                 float (&sums)[kChunk * kRows]) const {
-        float2 x[kRows];
-#pragma unroll
-        for (int row = 0; row < kRows; row++) {
-            x[row] = exists(row) ? pair(input(row) + k) : float2{0.0f, 0.0f};
-            if (!two) x[row].y = 0.0f;
-        }
-#pragma unroll
-        for (int c = 0; c < kChunk; c++) {
-            if (c >= outputs) break;
-            float2 w;
-            if constexpr (kKept) w = pair(weight + c * apart);
-            else w = {number(weight[c * apart]), two ? number(weight[c * apart + 1]) : 0.0f};
-#pragma unroll
-            for (int row = 0; row < kRows; row++)
-                sums[c * kRows + row] = fmaf(w.y, x[row].y, fmaf(w.x, x[row].x, sums[c * kRows + row]));
-        }
+        const size_t place = reinterpret_cast<char*>(kept) - dynamic_shared();
+        return {nullptr, place, int64_t(own.count) * row, row, segment};
     }
 };
 

@@ -1,9 +1,10 @@
-// Plans and launches of the sweeps that need no clusters.
+// Plans and launches of the sweeps that need no clusters; included by the file of each cell.
+#pragma once
+
 #include <algorithm>
 
-#include "context_grid_cuda.cuh"
 #include "context_kernels_cuda.cuh"
-#include "gated_grid_cuda.cuh"
+#include "sweep_grid_cuda.cuh"
 
 namespace newllm {
 namespace {
@@ -83,29 +84,6 @@ const char* launch_task(const typename Task::Sweep& sweep, int64_t widest, const
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-template <class Sweep>
-Widths widths(const Sweep& sweep) {
-    return {std::max(sweep.width, sweep.hidden), std::min(sweep.width, sweep.hidden)};
-}
-
 }  // namespace
-
-CudaSweepPlan plan_grid(const ContextForward& sweep) { return plan_task<ContextForwardGrid>(sweep, {sweep.width, sweep.width}); }
-CudaSweepPlan plan_grid(const ContextAdjoint& sweep) { return plan_task<ContextAdjointGrid>(sweep, {sweep.width, sweep.width}); }
-CudaSweepPlan plan_grid(const GatedForward& sweep) { return plan_task<GatedForwardGrid>(sweep, widths(sweep)); }
-CudaSweepPlan plan_grid(const GatedAdjoint& sweep) { return plan_task<GatedAdjointGrid>(sweep, widths(sweep)); }
-
-const char* launch_grid(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<ContextForwardGrid>(sweep, sweep.width, plan, call);
-}
-const char* launch_grid(const ContextAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<ContextAdjointGrid>(sweep, sweep.width, plan, call);
-}
-const char* launch_grid(const GatedForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<GatedForwardGrid>(sweep, widths(sweep).most, plan, call);
-}
-const char* launch_grid(const GatedAdjoint& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
-    return launch_task<GatedAdjointGrid>(sweep, widths(sweep).most, plan, call);
-}
 
 }  // namespace newllm
