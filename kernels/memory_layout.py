@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm.kernels.common import cast, padded
-from newllm.kernels.tiles import PROGRAMS, Tiles, tiles_of
+from newllm.kernels.tiles import Tiles, tiles_of
 
 
 class Layout(NamedTuple):
@@ -68,9 +68,9 @@ def memory_tiles(kernel: str, device: torch.device, dtype: torch.dtype, *, width
     return {**sizes, "BV": min(sizes["BV"], padded(columns))}
 
 
-def even_chunk(tokens: int, heads: int) -> int:
-    """Tokens of a part when ``tokens`` of each of ``heads`` are cut into parts that fill the device."""
-    parts = max(1, PROGRAMS // max(1, heads))
+def even_chunk(tokens: int, heads: int, programs: int) -> int:
+    """Tokens of a part when ``tokens`` of each of ``heads`` are cut into parts for so many programs."""
+    parts = max(1, programs // max(1, heads))
     return -(-tokens // (64 * parts)) * 64
 
 

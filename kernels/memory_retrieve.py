@@ -19,6 +19,7 @@ from newllm.kernels.memory_layout import (
     store_tokens,
     unit_stride,
 )
+from newllm.kernels.tiles import READERS
 
 
 class Retrieved(NamedTuple):
@@ -88,7 +89,7 @@ def retrieve(
     batch, heads, tokens, width = q.shape
     columns, q = matrix.shape[3], unit_stride(q)
     out = q.new_empty(batch, heads, tokens, columns)
-    chunk = even_chunk(tokens, batch * heads)
+    chunk = even_chunk(tokens, batch * heads, READERS)
     sizes = memory_tiles(
         "_memory_retrieve_forward_kernel",
         q.device,
@@ -197,7 +198,7 @@ def retrieve_backward(
     batch, heads, tokens, width = q.shape
     columns, kv_heads = matrix.shape[3], norm.shape[1]
     q, gradient, norm = unit_stride(q), unit_stride(gradient), norm.contiguous()
-    chunk = even_chunk(tokens, batch * heads)
+    chunk = even_chunk(tokens, batch * heads, READERS)
     shape = (batch, kv_heads, heads // kv_heads * -(-tokens // chunk))
     programs = batch * heads * -(-tokens // chunk)
     dq, dnorm, dmatrix = (

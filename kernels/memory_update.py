@@ -11,6 +11,7 @@ from newllm.kernels.memory_fold import fold, fold_correction
 from newllm.kernels.memory_fold_backward import Gradients, TokenGradients, fold_backward
 from newllm.kernels.memory_layout import Layout, contiguous, even_chunk
 from newllm.kernels.memory_scan import scan, scan_delta
+from newllm.kernels.tiles import WRITERS
 
 
 def update(
@@ -87,7 +88,7 @@ def update_backward(
 
 
 def _parts(k: Tensor, length: Tensor | None) -> Layout:
-    return Layout(even_chunk(k.shape[2], k.shape[0] * k.shape[1]), length=length, partial=True)
+    return Layout(even_chunk(k.shape[2], k.shape[0] * k.shape[1], WRITERS), length=length, partial=True)
 
 
 def _correction(

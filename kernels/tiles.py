@@ -177,9 +177,11 @@ TILES: dict[str, ByDevice] = {
     },
 }
 
-# Elements of a program of the linear scan; tokens of a program that loads the matrices of a segment once;
-# programs that fill a device, for calls without segments, which are cut into as many parts as that takes.
-ELEMENTS, CHUNK, PROGRAMS = 512, 512, 128
+# Elements of a program of the linear scan; tokens of a program that loads the matrices of a segment once.
+ELEMENTS, CHUNK = 512, 512
+# Programs that fill a device, for calls without segments, which are cut into as many parts as that takes:
+# those that write a memory, whose parts are to be added up, and those that read one.
+WRITERS, READERS = 128, 256
 
 
 def tiles_of(kernel: str, device: torch.device, width: int, itemsize: int) -> Tiles:
