@@ -157,7 +157,12 @@ def _with_history(k: Tensor, v: Tensor, state: InfiniState | None, ring: int) ->
         return k, v
     past_k = ring_history(state.keys, state.position, ring - 1)
     past_v = ring_history(state.values, state.position, ring - 1)
-    return torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    return _joined(past_k, k), _joined(past_v, v)
+
+
+def _joined(past: Tensor, new: Tensor) -> Tensor:
+    """``new [B, H, T, D]`` behind ``past``, token by token as projections leave it: one plain copy."""
+    return torch.cat([x.transpose(1, 2).contiguous() for x in (past, new)], 1).transpose(1, 2)
 
 
 def touched_segments(tokens: int, segment: int, streaming: bool) -> int:
