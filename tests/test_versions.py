@@ -99,7 +99,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("programs", "native"), [("/usr/bin:/bin", "present"), ("", "absent")])
+@pytest.mark.parametrize(
+    ("programs", "native"),
+    [("/usr/bin:/bin", "present"), ("", "absent")],
+    ids=["with a compiler", "with Python alone"],
+)
 def test_sdist_installs_in_a_bare_environment(
     programs: str, native: str, sdist: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -138,4 +142,4 @@ def test_sdist_installs_in_a_bare_environment(
     assert said.startswith(f"{site / 'newllm' / 'backend.py'} {native}")
     run("newllm", "train", "senri", "--preset", "quick", "--train.steps", "2")
     assert run("newllm", "generate", "runs/train/last", "--prompt", "Python is")
-    record_property("native", native)
+    record_property("extension", native)
