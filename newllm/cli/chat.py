@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Answer line by line until the end."""
+    """Answer line by line until the end; on stderr, how fast it went and what it takes."""
     from newllm.cli.loading import load_stream
     from newllm.models.sampling import Sampling, generator
 
@@ -90,14 +91,8 @@ def _told(do: Callable[..., None], *arguments: Any) -> None:
 
 
 def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
-    from newllm.cli.turns import feed_with_progress, reply, show
-    from newllm.models.turns import Turn, following, opening
+    from newllm.cli.turns import answer, feed_with_progress, message_ids, reply
 
-    tokenizer: Any = session.tokenizer
-    turns = [Turn("user", text)]
-    if session.tokens == [0]:
-        feed_with_progress(session, opening(tokenizer, turns))
-    else:
-        closed = session.pending[0] == tokenizer.eos_token_id
-        session.feed(following(tokenizer, turns, closed=closed))
-    show(tokenizer, reply(session, tokens=tokens, sampling=sampling, generator=random))
+    ids, began = message_ids(session, text), time.perf_counter()
+    feed_with_progress(session, ids)
+    answer(session, reply(session, tokens=tokens, sampling=sampling, generator=random), len(ids), began)
