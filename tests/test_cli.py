@@ -276,7 +276,7 @@ def test_generate_prints_what_a_session_says(senri: str, capsys: Captured, tmp_p
     assert said.out == f"{expected}\n"
     read = len(made(text)["input_ids"])
     speeds = (
-        rf"{read} tokens read at [\d.]+ tokens/s, 9 written at [\d.]+ tokens/s; state .* process \d+ MB\n"
+        rf"{read} tokens read at [\d.]+ tokens/s, 9 written at [\d.]+ tokens/s; after .* process \d+ MB\n"
     )
     assert re.search(speeds, said.err)
     assert f"state {session.state_bytes:,} bytes" in said.err
@@ -385,9 +385,8 @@ def test_row_66_chat_is_one_stream_until_reset(
     assert two == [*one, *two[-1:]]
     assert "".join(two).startswith("".join(one))
     fresh, told = chatted(monkeypatch, capsys, talker, "Hello", "exit")
-    assert re.fullmatch(
-        r"\d+ tokens read at .*, \d+ written at .* tokens/s; state [\d,]+ bytes, .* MB\n", told
-    )
+    line = r"\d+ tokens read at .*, \d+ written at .* tokens/s; after \d+ tokens: state [\d,]+ bytes, .* MB\n"
+    assert re.fullmatch(line, told)
     assert "state 0 bytes" not in told
     assert "".join(two).endswith("".join(fresh))
 
@@ -398,9 +397,12 @@ def test_row_66_chat_is_kept_in_a_file(
     kept = tmp_path / "my chat"
     straight, _ = chatted(monkeypatch, capsys, talker, "Hello", "And you?")
     first, _ = chatted(monkeypatch, capsys, talker, "Hello", f"save {kept}")
-    after, errors = chatted(monkeypatch, capsys, talker, f"load {kept}x", f"load {kept}", "And you?")
+    after, told = chatted(monkeypatch, capsys, talker, f"load {kept}x", "load", f"load {kept}", "And you?")
     assert "".join(first + after) == "".join(straight)
-    assert f"newllm: there is no session file {kept}x" in errors
+    wrong, path, loaded, _ = told.splitlines()
+    assert wrong == f"newllm: there is no session file {kept}x"
+    assert path == "newllm: load needs the path of a file"
+    assert re.fullmatch(rf"load: \d+ tokens are in {re.escape(str(kept))}", loaded)
 
 
 def test_row_66_a_full_model_says_so(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

@@ -67,10 +67,9 @@ def run(options: Options) -> None:
                 return
             case ["reset"]:
                 session.reset()
-            case ["save", path]:
-                _told(session.save, path)
-            case ["load", path]:
-                _told(session.load, path)
+                print("forgot everything", file=sys.stderr)
+            case ["save" | "load" as what, *path]:
+                _told(_on_disk, session, what, *path)
             case _:
                 _told(_answer, session, line, options.max_new_tokens, sampling, random)
 
@@ -88,6 +87,13 @@ def _told(do: Callable[..., None], *arguments: Any) -> None:
         do(*arguments)
     except (OSError, ValueError) as error:
         print(f"newllm: {error}", file=sys.stderr)
+
+
+def _on_disk(session: Stream, what: str, path: str = "") -> None:
+    if not path:
+        raise ValueError(f"{what} needs the path of a file")
+    {"save": session.save, "load": session.load}[what](path)
+    print(f"{what}: {session.tokens[0]:,} tokens are in {path}", file=sys.stderr)
 
 
 def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:

@@ -74,7 +74,8 @@ def answer(session: Stream, tokens: Iterable[int], read: int, began: float) -> N
     print(
         f"{read:,} tokens read at {read / (start - began):.1f} tokens/s, "
         f"{written:,} written at {written / (time.perf_counter() - start):.1f} tokens/s; "
-        f"state {session.state_bytes:,} bytes, process {resident_bytes() / 1e6:,.0f} MB",
+        f"after {session.tokens[0]:,} tokens: state {session.state_bytes:,} bytes, "
+        f"process {resident_bytes() / 1e6:,.0f} MB",
         file=sys.stderr,
     )
 
