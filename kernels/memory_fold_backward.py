@@ -129,7 +129,7 @@ def _backward_tokens(
         for part in tl.range(0, parts):
             if parts > 1:
                 # [BK, BV]
-                g = cast(load_matrix(gradient, 0, part * BV, K, V, BK, BV) * w, DTYPE)
+                g = _weighed(gradient, part * BV, w, K, V, BK, BV, DTYPE)
             # [BT, BV]
             values = load_tokens(v, t0, hi, v_t, part * BV, V, BT, BV).to(DTYPE)
             df = fold_feature_gradient(values, g, df, PRECISION)
@@ -143,6 +143,15 @@ def _backward_tokens(
         dscale += tl.sum(slope * x.to(tl.float32), 1)
         dbias += tl.sum(slope, 1)
     return dscale, dbias
+
+
+@triton.jit
+def _weighed(
+    gradient, c0, w, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """``w`` times columns from c0 on of the memory's gradient ``[K, V]``, ``[BK, BV]``."""
+    # Multiplied in float32: the interpreter's own products of bfloat16 are wrong.
+    return cast(load_matrix(gradient, 0, c0, K, V, BK, BV).to(tl.float32) * w, DTYPE)
 
 
 @triton.jit
@@ -175,7 +184,7 @@ def _memory_fold_backward_kernel(
     end = tl.minimum(end, lo + CHUNK)
     a = 1.0 if scale is None else tl.load(scale + h).to(tl.float32)
     c = 0.0 if bias is None else tl.load(bias + h).to(tl.float32)
-    w = 1.0 if weight is None else tl.load(weight + b * N + j)
+    w = 1.0 if weight is None else tl.load(weight + b * N + j).to(tl.float32)
     factor = 1.0 if factors is None else tl.load(factors + b * N + j)
     columns = tl.arange(0, BK)
     # [BK]
@@ -188,7 +197,7 @@ def _memory_fold_backward_kernel(
         z = tl.load(norms + b * m_b + h * m_h + j * m_j + columns, columns < K, other=0.0)
     gradient = gradients + b * g_b + h * g_h + j * g_j
     # [BK, BV]
-    first = cast(load_matrix(gradient, 0, 0, K, V, BK, BV) * w, DTYPE)
+    first = _weighed(gradient, 0, w, K, V, BK, BV, DTYPE)
     whole = whole_curvature(curvature, K, BK, BV)
     scales, biases = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
     if past_k is not None:

@@ -85,13 +85,17 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that newllm runs from, with a ``+`` for uncommitted changes; else None."""
+    """The commit of the checkout that newllm runs from, with a ``+`` for uncommitted changes; else None.
+
+    Rows of results that were added since are no such change: the run before this one wrote them.
+    """
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
     try:
         head = _git(here, "rev-parse", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+        sources = (":/", ":(top,exclude)benchmarks/results")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", *sources)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -95,7 +95,8 @@ def _calls(row: Row, count: int, steps: bool = False) -> float:
     )
     cuts = cuts if cuts[0] == 0 else (0, *cuts)
     function = partial(in_calls, cuts, backend="reference", decode=steps)
-    gradients = not steps and has_gradients(first, row.dtype)
+    # A single key has no slope: PyTorch's fused attention leaves a rounding of it, the baseline by luck none.
+    gradients = not steps and tokens > 1 and has_gradients(first, row.dtype)
     return case.judge(first, row.dtype, function=function, gradients=gradients, others=others)
 
 

@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ def _floats(snapshot: Snapshot) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((n, x) for n, x in state._asdict().items() if x is not None and x.is_floating_point())
 
 
+class Seen:
+    """What was measured of a stream, in memory that does not grow with it."""
+
+    def __init__(self, room: int = 2**20) -> None:
+        self.resident = array("q", bytes(8 * room))
+        self.steps = 0
+        self.most: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def note(self, resident: int, error: dict[str, float]) -> None:
+        """After a step: resident bytes and the errors of the state."""
+        self.resident[self.steps] = resident
+        self.steps += 1
+        self.last = error
+        self.most = {name: max(each, self.most.get(name, 0.0)) for name, each in error.items()}
+
+
 def bound(tokens: int) -> float:
     """What a sum of so many tokens' parts may err by in float32, as a share of it (Higham, sec. 3.1)."""
     return tokens * torch.finfo(torch.float32).eps / 2
@@ -106,18 +124,18 @@ def soak(options: Options) -> bool:
     before, began = [each.tokens for each in twins], time.perf_counter()
     for each in twins:
         each.read(WARM)
-    seen: dict[str, list[tuple[int, int, dict[str, float]]]] = {each.name: [] for each in twins}
-    while not all(seen.values()) or time.perf_counter() - began < 60 * options.minutes:
+    seen = {each.name: Seen() for each in twins}
+    while not all(each.steps for each in seen.values()) or time.perf_counter() - began < 60 * options.minutes:
         going = [each for each in twins if options.count is None or each.tokens < options.count]
         if not going:
             break
         for each in going:
             each.read(STEP)
-            seen[each.name].append((each.tokens, resident_bytes(), each.error()))
+            seen[each.name].note(resident_bytes(), each.error())
     held, seconds = True, time.perf_counter() - began
     for each, start in zip(twins, before, strict=True):
         each.save()
-        if not seen[each.name]:
+        if not seen[each.name].steps:
             continue
         row = _measured(each, start, seen[each.name])
         held &= not row["failures"]
@@ -125,13 +143,13 @@ def soak(options: Options) -> bool:
     return held
 
 
-def _measured(twins: Twins, start: int, seen: list[tuple[int, int, dict[str, float]]]) -> dict[str, Any]:
+def _measured(twins: Twins, start: int, seen: Seen) -> dict[str, Any]:
     """A row of a stream: memory in the first and in the last quarter, the state's error, what is wrong."""
-    quarter = max(1, len(seen) // 4)
-    resident = [each[1] for each in seen]
+    resident = seen.resident[: seen.steps]
+    quarter = max(1, seen.steps // 4)
     first, last = statistics.median(resident[:quarter]), statistics.median(resident[-quarter:])
     tokens = twins.tokens - start
-    errors = {name: max(each[name] for _, _, each in seen) for name in seen[0][2]}
+    errors = seen.most
     failures = []
     if last - first >= FLAT * first:
         failures.append(f"memory grew by {last - first:.0f} bytes in {tokens} tokens")
@@ -146,7 +164,7 @@ def _measured(twins: Twins, start: int, seen: list[tuple[int, int, dict[str, flo
         "state_bytes": twins.sessions[0].state_bytes,
         "resident_mb": {"first": round(first / 1e6, 2), "last": round(last / 1e6, 2)},
         "errors": {name: float(f"{error:.3g}") for name, error in errors.items()},
-        "last_errors": {name: float(f"{error:.3g}") for name, error in seen[-1][2].items()},
+        "last_errors": {name: float(f"{error:.3g}") for name, error in seen.last.items()},
         "bound": float(f"{bound(twins.tokens):.3g}"),
         "failures": failures,
     }

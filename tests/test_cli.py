@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from newllm.cli import HELP, main
 from newllm.data.text import load_text
 from newllm.data.tokenizer import byte_tokenizer
 from newllm.models.files import load_senri, load_tokenizer, save_model
+from newllm.models.sampling import Sampling
 from newllm.models.turns import Turn, following, opening
 from tests.tiny_models import tiny_base, tiny_senri
 
@@ -273,7 +275,10 @@ def test_generate_prints_what_a_session_says(senri: str, capsys: Captured, tmp_p
     said = capsys.readouterr()
     assert said.out == f"{expected}\n"
     read = len(made(text)["input_ids"])
-    assert f"{read} tokens read, 9 written" in said.err
+    speeds = (
+        rf"{read} tokens read at [\d.]+ tokens/s, 9 written at [\d.]+ tokens/s; after .* process \d+ MB\n"
+    )
+    assert re.search(speeds, said.err)
     assert f"state {session.state_bytes:,} bytes" in said.err
     raw = Session(load_senri(senri), made).generate("Hello", max_new_tokens=9)
     assert main(["generate", senri, "--prompt", "Hello", "--max-new-tokens", "9", "--raw"]) == 0
@@ -300,6 +305,31 @@ def test_generate_reads_a_text_by_its_name(senri: str, capsys: Captured) -> None
     assert read >= len(load_text("sentences").text)
 
 
+def test_generate_keeps_a_session_and_goes_on(
+    senri: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    """A text is read once; what follows, here or in a chat, is what follows behind it in one session."""
+    kept, on = tmp_path / "new" / "kept", ["--max-new-tokens", "6"]
+    assert main(["generate", senri, "--prompt", "Hello", "--save", str(kept), "--max-new-tokens", "0"]) == 0
+    assert capsys.readouterr().out == "\n"
+    session = Session(load_senri(senri), made := load_tokenizer(senri))
+    session.feed(opening(made, [Turn("user", "Hello")]) if made.chat_template else "Hello")
+    read = Session(session.model)
+    read.load(kept)
+    assert read.tokens == session.tokens
+    session.feed(following(made, [Turn("user", "And?")], closed=False) if made.chat_template else "And?")
+    said = session.generate(max_new_tokens=6)
+    assert main(["generate", senri, "--prompt", "And?", "--load", str(kept), "--save", str(kept), *on]) == 0
+    assert capsys.readouterr().out == f"{said}\n"
+    read.load(kept)
+    assert (read.tokens, read.pending) == (session.tokens, session.pending)
+    straight, _ = chatted(monkeypatch, capsys, senri, f"load {kept}", "So?")
+    closed = session.pending[0] == made.eos_token_id
+    session.feed(following(made, [Turn("user", "So?")], closed=closed))
+    said = session.generate(max_new_tokens=8, sampling=Sampling(temperature=0.0, repetition_penalty=1.2))
+    assert straight == str(said).splitlines()
+
+
 def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
         return failure(capsys, "generate", *words)
@@ -316,9 +346,11 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
     assert (
         refused(senri, "--prompt", "x", "--device", "tpu") == "device must be auto or one of cpu, got 'tpu'"
     )
-    assert (
-        refused(senri, "--prompt", "x", "--max-new-tokens", "0") == "max_new_tokens must be at least 1, got 0"
-    )
+    few = refused(senri, "--prompt", "x", "--max-new-tokens", "-1")
+    assert few == "max_new_tokens must be at least 0, got -1"
+    folder = refused(senri, "--prompt", "x", "--save", str(tmp_path))
+    assert folder == f"save must name a file, got the folder {tmp_path}"
+    assert "none" in refused(senri, "--prompt", "x", "--load", str(tmp_path / "none"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         Path(senri, name).unlink()
     assert refused(senri, "--prompt", "x").startswith(f"the folder {senri} holds no tokenizer")
@@ -352,7 +384,10 @@ def test_row_66_chat_is_one_stream_until_reset(
     two, _ = chatted(monkeypatch, capsys, talker, "Hello", "", "And you?", "reset", "Hello", "quit", "Hello")
     assert two == [*one, *two[-1:]]
     assert "".join(two).startswith("".join(one))
-    fresh, _ = chatted(monkeypatch, capsys, talker, "Hello", "exit")
+    fresh, told = chatted(monkeypatch, capsys, talker, "Hello", "exit")
+    line = r"\d+ tokens read at .*, \d+ written at .* tokens/s; after \d+ tokens: state [\d,]+ bytes, .* MB\n"
+    assert re.fullmatch(line, told)
+    assert "state 0 bytes" not in told
     assert "".join(two).endswith("".join(fresh))
 
 
@@ -362,9 +397,12 @@ def test_row_66_chat_is_kept_in_a_file(
     kept = tmp_path / "my chat"
     straight, _ = chatted(monkeypatch, capsys, talker, "Hello", "And you?")
     first, _ = chatted(monkeypatch, capsys, talker, "Hello", f"save {kept}")
-    after, errors = chatted(monkeypatch, capsys, talker, f"load {kept}x", f"load {kept}", "And you?")
+    after, told = chatted(monkeypatch, capsys, talker, f"load {kept}x", "load", f"load {kept}", "And you?")
     assert "".join(first + after) == "".join(straight)
-    assert f"newllm: there is no session file {kept}x" in errors
+    wrong, path, loaded, _ = told.splitlines()
+    assert wrong == f"newllm: there is no session file {kept}x"
+    assert path == "newllm: load needs the path of a file"
+    assert re.fullmatch(rf"load: \d+ tokens are in {re.escape(str(kept))}", loaded)
 
 
 def test_row_66_a_full_model_says_so(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

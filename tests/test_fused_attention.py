@@ -60,6 +60,7 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("local stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("no-memory padded stream", BF16, {**BATCH, "tokens": 20, "seed": 2}),
     ("weights cut", F32, {**SHORT, "seed": 1}),
+    ("weights", BF16, SHORT),
     ("full", F32, {**SHORT, "seed": 1}),
     ("two", F32, SHORT),
     ("delta two", F32, {**SHORT, "heads": 8, "kv_heads": 4}),

@@ -295,7 +295,8 @@ def test_machines_can_ask_how_it_is(served: Served, client: OpenAI) -> None:
     client.completions.create(prompt="Hello", max_tokens=3, **GREEDY)
     text = httpx2.get(f"{served.url}/metrics").text
     assert 'newllm_requests_total{path="/v1/completions",status="200"}' in text
-    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[:7] == "newllm_"}
+    values = {line.split()[0]: float(line.split()[-1]) for line in text.splitlines() if line[:1] != "#"}
+    assert values["process_resident_memory_bytes"] > values["newllm_state_bytes"]
     assert values["newllm_tokens_written_total"] == served.engine.counts.tokens_written > 0
     assert values["newllm_state_bytes"] == served.engine.counts.state_bytes
     (model,) = client.models.list().data

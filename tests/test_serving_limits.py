@@ -135,6 +135,14 @@ def test_answers_are_bounded(tmp_path: Path) -> None:
         assert made.usage is not None
         assert 0 < made.usage.completion_tokens < 10**6
         assert made.choices[0].finish_reason == "length"
+    with serving(tmp_path, chunk=1, limits=Limits(seconds=1.5)) as server:
+        book = {"prompt": "a" * 50_000, "max_tokens": 0}
+        made = server.client().completions.create(**book, **GREEDY, **session("book"))
+        assert made.usage is not None and made.model_extra is not None
+        read, about = made.usage.prompt_tokens, made.model_extra["newllm"]
+        assert 0 < read < 50_000
+        assert (read, 50_000 - read) == (about["tokens"], about["unread"])
+        assert server.engine.store.about("book").tokens == read
 
 
 def test_too_many_are_sent_away(tmp_path: Path) -> None:

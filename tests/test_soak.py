@@ -10,7 +10,7 @@ import torch
 
 from newllm import Session
 from tests.reliability_parts import Options
-from tests.soak_parts import FLAT, STREAMS, Twins, _measured, bound, opened_and_closed, soak
+from tests.soak_parts import FLAT, STREAMS, Seen, Twins, _measured, bound, opened_and_closed, soak
 
 
 @pytest.mark.parametrize("name", [*STREAMS])
@@ -28,17 +28,24 @@ def test_streams_stay_beside_their_twins(name: str, tmp_path: Path) -> None:
     assert 0 < max(whole.error().values()) <= bound(500)
 
 
+def noted(*steps: tuple[int, float]) -> Seen:
+    seen = Seen()
+    for resident, error in steps:
+        seen.note(resident, {"matrix": error})
+    return seen
+
+
 def test_a_state_that_drifts_is_reported(tmp_path: Path) -> None:
     twins = Twins("linear", "cpu", tmp_path, resume=False)
     twins.read(100)
-    seen = [(100, 1_000_000, {"matrix": 1e-7}), (100, 1_000_000, {"matrix": 1e-2})]
+    seen = noted((1_000_000, 1e-2), (1_000_000, 1e-7))
     assert _measured(twins, 0, seen)["failures"] == ["matrix is off by 0.01, at most 5.96e-06"]
 
 
 def test_memory_that_grows_is_reported(tmp_path: Path) -> None:
     twins = Twins("linear", "cpu", tmp_path, resume=False)
     twins.read(100)
-    seen = [(100, 1_000_000, {"matrix": 0.0}), (100, int(1_000_000 * (1 + FLAT)), {"matrix": 0.0})]
+    seen = noted((1_000_000, 0.0), (int(1_000_000 * (1 + FLAT)), 0.0))
     assert _measured(twins, 0, seen)["failures"] == ["memory grew by 10000 bytes in 100 tokens"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from newllm import runs
 from newllm.data.streams import IGNORED
 from newllm.runs import Run
 from newllm.training.carry import CarriedStates
@@ -181,3 +183,29 @@ def test_a_damaged_checkpoint_is_passed_over_in_training(tmp_path: Path) -> None
     assert (
         json.loads((tmp_path / "checkpoints" / "checkpoint-10" / "manifest.json").read_text())["step"] == 10
     )
+
+
+def test_the_commit_is_marked_where_sources_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where results were added: a long check appends rows, and its next part runs the same sources."""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    source, rows = tmp_path / "newllm" / "runs.py", tmp_path / "benchmarks" / "results" / "soak.jsonl"
+    for file in (source, rows):
+        file.parent.mkdir(parents=True)
+        file.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    head = git("rev-parse", "HEAD")
+    monkeypatch.setattr(runs, "__file__", str(source))
+    assert runs.commit() == head
+    rows.write_text("after")
+    assert runs.commit() == head
+    source.write_text("after")
+    assert runs.commit() == f"{head}+"

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,24 +89,57 @@ def test_ci_runs_the_oldest_transformers_too() -> None:
     assert [name for name in names if not (ROOT / f"tests/test_{name}.py").is_file()] == []
 
 
-@pytest.mark.slow
-def test_sdist_installs_in_a_bare_environment(tmp_path: Path) -> None:
-    """A new environment with nothing in it and none of this one's variables; what needs no torch works."""
-    build = [sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dist = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--sdist", "--outdir", str(dist), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    (path,) = dist.glob("*.tar.gz")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("programs", "native"),
+    [("/usr/bin:/bin", "present"), ("", "absent")],
+    ids=["with a compiler", "with Python alone"],
+)
+def test_sdist_installs_in_a_bare_environment(
+    programs: str, native: str, sdist: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """An environment that holds nothing and inherits no variables, with a C++ compiler and with Python alone.
+
+    What needs no PyTorch works there; lent what is installed here, it trains, generates and says what it has.
+    """
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "bare")], check=True)
     bin = tmp_path / "bare" / "bin"
     kept = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE", "SSL_CERT_FILE", "HTTPS_PROXY")
     bare = {name: os.environ[name] for name in kept if name in os.environ}
-    bare |= {"PATH": f"{bin}:/usr/bin:/bin", "HOME": str(tmp_path), "NEWLLM_CUDA": "0"}
+    bare |= {
+        "PATH": f"{bin}:{programs}",
+        "HOME": str(tmp_path),
+        "NEWLLM_CUDA": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
     def run(*words: str) -> str:
         done = subprocess.run(words, cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
+    start = time.perf_counter()
     run("pip", "install", "--quiet", "--no-deps", str(sdist))
+    record_property("install_seconds", round(time.perf_counter() - start, 1))
+    record_property("sdist_bytes", sdist.stat().st_size)
     assert run("newllm", "--version") == PROJECT["version"]
     assert "train a model on any text" in run("newllm", "--help")
-    run("python", "-c", "import newllm, newllm.kernels, newllm._C; newllm._C.build_info()")
+    code = "import newllm, newllm.kernels, importlib.util as u; print(u.find_spec('newllm._C') is not None)"
+    assert run("python", "-c", code) == str(native == "present")
+
+    (site,) = (tmp_path / "bare" / "lib").glob("*/site-packages")
+    (site / "lent.pth").write_text("\n".join(each for each in sys.path if each.endswith("-packages")))
+    said = run("python", "-c", "import newllm.backend as b; print(b.__file__, b.build_info()['native'])")
+    assert said.startswith(f"{site / 'newllm' / 'backend.py'} {native}")
+    run("newllm", "train", "senri", "--preset", "quick", "--train.steps", "2")
+    assert run("newllm", "generate", "runs/train/last", "--prompt", "Python is")
+    record_property("extension", native)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Answer line by line until the end."""
+    """Answer line by line until the end; on stderr, how fast it went and what it takes."""
     from newllm.cli.loading import load_stream
     from newllm.models.sampling import Sampling, generator
 
@@ -66,10 +67,9 @@ def run(options: Options) -> None:
                 return
             case ["reset"]:
                 session.reset()
-            case ["save", path]:
-                _told(session.save, path)
-            case ["load", path]:
-                _told(session.load, path)
+                print("forgot everything", file=sys.stderr)
+            case ["save" | "load" as what, *path]:
+                _told(_on_disk, session, what, *path)
             case _:
                 _told(_answer, session, line, options.max_new_tokens, sampling, random)
 
@@ -89,15 +89,16 @@ def _told(do: Callable[..., None], *arguments: Any) -> None:
         print(f"newllm: {error}", file=sys.stderr)
 
 
-def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
-    from newllm.cli.turns import feed_with_progress, reply, show
-    from newllm.models.turns import Turn, following, opening
+def _on_disk(session: Stream, what: str, path: str = "") -> None:
+    if not path:
+        raise ValueError(f"{what} needs the path of a file")
+    {"save": session.save, "load": session.load}[what](path)
+    print(f"{what}: {session.tokens[0]:,} tokens are in {path}", file=sys.stderr)
 
-    tokenizer: Any = session.tokenizer
-    turns = [Turn("user", text)]
-    if session.tokens == [0]:
-        feed_with_progress(session, opening(tokenizer, turns))
-    else:
-        closed = session.pending[0] == tokenizer.eos_token_id
-        session.feed(following(tokenizer, turns, closed=closed))
-    show(tokenizer, reply(session, tokens=tokens, sampling=sampling, generator=random))
+
+def _answer(session: Stream, text: str, tokens: int, sampling: Sampling, random: torch.Generator) -> None:
+    from newllm.cli.turns import answer, feed_with_progress, message_ids, reply
+
+    ids, began = message_ids(session, text), time.perf_counter()
+    feed_with_progress(session, ids)
+    answer(session, reply(session, tokens=tokens, sampling=sampling, generator=random), len(ids), began)

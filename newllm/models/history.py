@@ -53,6 +53,12 @@ class HistorySession:
         """The token that was generated last and is read by the next call; -1 where there is none."""
         return [self._pending]
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the cache, which grows with what is read."""
+        kept = (x for layer in self._cache.layers for x in (layer.keys, layer.values))
+        return sum(x.nbytes for x in kept if x is not None)
+
     def feed(self, text: str | Tensor) -> None:
         """Read ``text``: a string or token ids ``[T]``.
 

@@ -22,9 +22,9 @@ class Turn(NamedTuple):
     content: str
 
 
-def text_ids(tokenizer: Any, text: str) -> torch.Tensor:
-    """Ids ``[T]`` of ``text`` as the tokenizer begins one, for many with a special token."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
+def text_ids(tokenizer: Any, text: str, *, begins: bool = True) -> torch.Tensor:
+    """Ids ``[T]`` of ``text``; where that begins a stream, for many tokenizers behind a special token."""
+    ids = tokenizer(text, add_special_tokens=begins, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -32,8 +32,7 @@ def opening(tokenizer: Any, turns: Sequence[Turn]) -> torch.Tensor:
     """Ids ``[T]`` of ``turns`` that open a chat, up to where the assistant answers."""
     if tokenizer.chat_template is None:
         return text_ids(tokenizer, _plain(turns))
-    ids = tokenizer(_templated(tokenizer, turns), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return text_ids(tokenizer, _templated(tokenizer, turns), begins=False)
 
 
 def following(tokenizer: Any, turns: Sequence[Turn], *, closed: bool) -> str:

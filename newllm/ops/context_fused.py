@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.ops.native import Runs, product, sweep
+from newllm.ops.native import Runs, product, summed_outer, sweep
 from newllm.ops.shooting import Outcome, Sweep, block, carry
 from newllm.reference.context import LAYER_NORM_EPS
 
@@ -136,10 +136,9 @@ def context_sweep_backward(
 
     later = torch.zeros_like(start) if dlast is None else dlast
     dstart = carry_back(adjoint, later, drive.shape[1], report, tol)
-    changes = change.to(weight.dtype)
     dweight = torch.stack(
         [
-            changes[:, :, layer].flatten(0, 1).T @ entering[layer].to(weight.dtype).flatten(0, 1)
+            summed_outer(change[:, :, layer].flatten(0, 1), entering[layer].flatten(0, 1), weight.dtype)
             for layer in range(layers)
         ]
     )

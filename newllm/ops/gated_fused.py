@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from newllm.ops.context_fused import REPORT, carry_back, reported
-from newllm.ops.native import Runs, product, sweep
+from newllm.ops.native import Runs, product, summed_outer, sweep
 from newllm.ops.shooting import carry
 from newllm.reference.context import LAYER_NORM_EPS
 
@@ -161,14 +161,13 @@ def gated_sweep_backward(
     # [layer, B T, H], to be multiplied with what each layer read.
     changes = hidden_change.flatten(0, 1).transpose(0, 1)
     outs = known.hidden_output.flatten(0, 1).transpose(0, 1)
-    deeper = changes[1:].transpose(1, 2).to(weight_h.dtype) @ outs[:-1].to(weight_h.dtype)
     gates = gate_change.flatten(0, 1).transpose(0, 1)
     return (
         hidden_change[:, :, 0].contiguous(),
-        changes[0].T.to(weight_c.dtype) @ entered.flatten(0, 1).to(weight_c.dtype),
-        deeper,
+        summed_outer(changes[0], entered.flatten(0, 1), weight_c.dtype),
+        summed_outer(changes[1:], outs[:-1], weight_h.dtype),
         changes[1:].sum(1),
-        gates.transpose(1, 2).to(weight_gate.dtype) @ outs[-1].to(weight_gate.dtype),
+        summed_outer(gates, outs[-1], weight_gate.dtype),
         gate_change.sum((0, 1)),
         (total * known.normed).sum((0, 1)),
         total.sum((0, 1)),

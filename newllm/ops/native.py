@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Rows whose products are summed in one go where many are, and in how many parts at most.
+_ROWS_AT_ONCE, _MOST_PARTS = 64, 16
+
 
 class Runs(NamedTuple):
     """Tokens to sweep: in every row ``parts`` runs of ``tokens``, the first from ``first`` on, ``stride``
@@ -96,3 +99,15 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
         return x @ matrix
     rows = x.to(matrix.dtype).flatten(0, -2)
     return torch.mm(rows, matrix, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+
+
+def summed_outer(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x^T y [..., M, N]`` in ``dtype``, from ``x [..., R, M]`` and ``y [..., R, N]``.
+
+    In float32 in parts of the R rows, so that rounding grows less with their number (Higham, sec. 4.2).
+    """
+    if dtype != torch.float32:  # products are summed in float32, parts would be rounded
+        return x.to(dtype).mT @ y.to(dtype)
+    rows = max(_ROWS_AT_ONCE, -(-x.shape[-2] // _MOST_PARTS))
+    first, *others = (one.mT @ other for one, other in zip(x.split(rows, -2), y.split(rows, -2), strict=True))
+    return sum(others, start=first)

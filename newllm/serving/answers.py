@@ -131,6 +131,7 @@ class Answer:
         """What the page shows while text comes."""
         return {
             "tokens": event.tokens,
+            "unread": event.to_read - event.read,
             "in_window": event.tokens if self._window is None else min(event.tokens, self._window),
             "state_bytes": self._engine.counts.state_bytes,
             "session": self._job.name,

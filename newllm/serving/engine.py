@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -189,20 +189,19 @@ class Engine:
             return
         self._reading.read += len(part)
         self.counts.tokens_read += len(part)
-        done = self._reading.read >= len(job.ids)
-        job.tell(self._told("reading", self._reading))
-        if done or self._over(job):
+        told = self._told("reading", self._reading)
+        job.tell(told)
+        if told.read == told.to_read or self._over(job):
             self._reading = None
-            self._after_reading(job, session, complete=done)
+            self._after_reading(job, session, told)
 
-    def _after_reading(self, job: Job, session: Session, *, complete: bool) -> None:
-        snapshot, tokens = session.snapshot(), session.tokens[0]
-        if complete and job.max_tokens > 0 and not self._over(job):
+    def _after_reading(self, job: Job, session: Session, told: Event) -> None:
+        snapshot = session.snapshot()
+        if told.read == told.to_read and job.max_tokens > 0 and not self._over(job):
             self._keep(job, snapshot)
             self._ready.append((job, snapshot))
         else:
-            event = Event("done", finish="length", read=len(job.ids), to_read=len(job.ids), tokens=tokens)
-            self._end(job, snapshot, event)
+            self._end(job, snapshot, replace(told, kind="done", finish="length"))
 
     def _admit(self) -> None:
         while self._ready and self._batch.free:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,11 +27,12 @@ _COUNTS = {
 
 
 class Metrics:
-    """Counts of an engine and of the requests to it."""
+    """Counts of an engine and of the requests to it, and what the process takes."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self._registry)
         self.requests = Counter("newllm_requests", "Requests", ["path", "status"], registry=self._registry)
         self.seconds = Histogram(
             "newllm_request_seconds",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from newllm.models.sampling import Sampling
@@ -65,16 +63,11 @@ def _read(engine: Engine, asked: CompletionRequest | ChatRequest, start: Snapsho
             return opening(tokenizer, turns)
         assert start is not None
         closed = int(start.pending[0]) == tokenizer.eos_token_id
-        return _plain(tokenizer, following(tokenizer, turns, closed=closed))
+        return text_ids(tokenizer, following(tokenizer, turns, closed=closed), begins=False)
     prompt = asked.text()
     if isinstance(prompt, str):
-        return _plain(tokenizer, prompt) if begun else text_ids(tokenizer, prompt)
+        return text_ids(tokenizer, prompt, begins=not begun)
     last = engine.model.config.vocab_size - 1
     if any(not 0 <= token <= last for token in prompt):
         raise Refused(f"prompt must hold token ids from 0 to {last}", "prompt")
     return torch.tensor(prompt, dtype=torch.int64)
-
-
-def _plain(tokenizer: Any, text: str) -> torch.Tensor:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
