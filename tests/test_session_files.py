@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from newllm import Session
@@ -77,13 +79,14 @@ def other_tensors(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path)
 
 
-def without_a_part(path: Path) -> None:
-    from safetensors import safe_open
-
+def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        return file.metadata()
+
+
+def without_a_part(path: Path) -> None:
     kept = {name: tensor for name, tensor in load_file(path).items() if name != "1.keys"}
-    save_file(kept, path, metadata)
+    save_file(kept, path, metadata_of(path))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,22 @@ def test_files_of_other_models_are_refused(model: SenriForCausalLM, tmp_path: Pa
             Session(other).load(tmp_path / "session")
     with pytest.raises(ValueError, match="snapshot must hold 2 rows, got 1"):
         Session(model, batch_size=2).load(tmp_path / "session")
+
+
+def test_an_option_that_the_file_does_not_know_has_its_default(tmp_path: Path) -> None:
+    path, plain, other = tmp_path / "session", tiny_senri(), tiny_senri(short_conv=2)
+    for model, accepted in ((plain, True), (other, False)):
+        talked(model).save(path)
+        [(key, written)] = metadata_of(path).items()
+        older = {name: value for name, value in json.loads(written).items() if name != "short_conv"}
+        save_file(load_file(path), path, {key: json.dumps(older)})
+        session = Session(model)
+        if accepted:
+            session.load(path)
+            assert session.tokens == [24]
+            continue
+        with pytest.raises(ValueError, match="short_conv must be 2, got None"):
+            session.load(path)
 
 
 def model_in_bfloat16(model: SenriForCausalLM) -> SenriForCausalLM:

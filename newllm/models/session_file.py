@@ -69,12 +69,13 @@ def read_snapshot(path: Path, model: Model) -> Snapshot:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
     if _KEY not in metadata:
         raise ValueError(f"{path} must be a file of Session.save, got another safetensors file")
-    written = read_row(metadata[_KEY], f"the session file {path}", dict)
+    # What a writer did not know of yet is as it always was.
+    known = type(model.config)().to_dict() | read_row(metadata[_KEY], f"the session file {path}", dict)
     for name, value in _identity(model).items():
-        if written.get(name) != value:
+        if known.get(name) != value:
             raise ValueError(
                 f"the session file {path} is of another model: {name} must be {value}, "
-                f"got {str(written.get(name))[:80]}"
+                f"got {str(known.get(name))[:80]}"
             )
     wrong = _damage(tensors, model)
     if wrong is not None:
