@@ -26,14 +26,14 @@ synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
-def tiles(x: Tensor, rows: int = ROWS.value) -> TensorDescriptor:
+def tile_source(x: Tensor, rows: int = ROWS.value) -> TensorDescriptor:
     """``x [B, H, T, D]`` in bfloat16, in tiles of so many rows."""
     block = [1, 1, rows, x.shape[3]]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-def numbers(x: Tensor, rows: int) -> TensorDescriptor:
+def number_source(x: Tensor, rows: int) -> TensorDescriptor:
     """``x [B, H, T]`` in float32, in tiles of so many numbers; T is a multiple of 4."""
     block = [1, 1, rows]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
@@ -58,7 +58,7 @@ def ring(source, N: gl.constexpr, BT: gl.constexpr, D: gl.constexpr, READERS: gl
 
 @gluon.jit
 def tile_of(places, place):
-    """One of the tiles ``[BT, D]`` of a ring, or of the like without order."""
+    """One of the tiles ``[BT, D]`` of a ring, or of places that are filled along with one."""
     return places.index(place).reshape([places.shape[3], places.shape[4]])
 
 
@@ -69,6 +69,13 @@ def filled(ring, step):
     N: gl.constexpr = places.shape[0]
     mbarrier.wait(full.index(step % N), step // N & 1)
     return tile_of(places, step % N)
+
+
+@gluon.jit
+def seen(ring, step):
+    """The same for a step that has been waited for."""
+    places, _, _ = ring
+    return tile_of(places, step % places.shape[0])
 
 
 @gluon.jit
@@ -86,7 +93,7 @@ def fetch(source, b, h, row, bar, place):
 
 @gluon.jit
 def fetch_numbers(source, b, h, row, bar, place):
-    """The same for :func:`numbers`."""
+    """The same for :func:`number_source`."""
     _copy(source, [b.to(gl.int32), h.to(gl.int32), row], bar, place)
 
 
@@ -110,25 +117,26 @@ def fill(source, b, h, row, ring, step):
 
 
 @gluon.jit
-def queries_and_keys(tile, rows, sizes, SEGMENTED: gl.constexpr):
+def queries_and_keys(tile, facts, sizes, SEGMENTED: gl.constexpr):
     """Where a tile of queries lies, and which tiles of keys its rows see.
 
     Returns the row's index in the batch, the first of its CONSUMERS heads, the segment, the first query, the
     one behind the last, the number of real ones, the first slot with a key, the first slot of the first tile
-    of keys and the number of tiles, never none.
+    of keys and the number of tiles, at least one. ``facts`` are position and length of the rows.
     """
-    position, length = rows
-    H, _, T, P, S, W, N, tiles, _ = sizes
-    head = (tile // tiles).to(gl.int64) * CONSUMERS
+    position, length = facts
+    H, _, T, P, S, W, N, per_head, _ = sizes
+    head = (tile // per_head).to(gl.int64) * CONSUMERS
     b, h = head // H, head % H
     before, count, floor = row_facts(position, length, b, T, P)
-    segment, _, first, end = query_tile(tile % tiles, before, T, count, S, N, ROWS, SEGMENTED)
+    segment, _, first, end = query_tile(tile % per_head, before, T, count, S, N, ROWS, SEGMENTED)
     last = gl.minimum(first + ROWS, gl.minimum(end, count))
     start = gl.maximum(floor, first + P - W + 1) // ROWS * ROWS
-    steps = gl.maximum((last + P - start + ROWS - 1) // ROWS, 1)
+    # A tile without real rows takes a single step, since all partitions have to count some.
+    steps = gl.where(first < last, (last + P - start + ROWS - 1) // ROWS, 1)
     return b, h, segment, first, end, count, floor, start, steps
 
 
 def processors(device: torch.device) -> int:
-    """How many programs of one a multiprocessor a device holds."""
+    """A device's multiprocessors, each of which holds one program."""
     return torch.cuda.get_device_properties(device).multi_processor_count

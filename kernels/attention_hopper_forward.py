@@ -24,7 +24,7 @@ from newllm.kernels.attention_hopper import (
     release,
     ring,
     tile_of,
-    tiles,
+    tile_source,
 )
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import hide, softmax_weights
@@ -36,14 +36,14 @@ SAFE = gl.constexpr(90.0)
 
 
 @gluon.jit
-def _produce(q, keys, v, states, own, k_ring, v_ring, rows, sizes, SEGMENTED: gl.constexpr):
+def _produce(q, keys, v, states, own, k_ring, v_ring, facts, sizes, SEGMENTED: gl.constexpr):
     H, HKV, _, _, _, _, _, _, total = sizes
     places, full, empty = own
     D: gl.constexpr = places.shape[4]
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, facts, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(empty.index(c), visit & 1 ^ 1)
@@ -63,35 +63,27 @@ def _produce(q, keys, v, states, own, k_ring, v_ring, rows, sizes, SEGMENTED: gl
 
 @gluon.jit
 def _consume(
-    out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes, eps,
+    out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, facts, rope, sizes, eps,
     C: gl.constexpr, SEGMENTED: gl.constexpr, MEASURED: gl.constexpr,
 ):  # fmt: skip
     H, HKV, T, P, _, W, N, _, total = sizes
     places, full, empty = own
     D: gl.constexpr = places.shape[4]
-    HALF: gl.constexpr = D // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = out.dtype.element_ty
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
+        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
+            tile, facts, sizes, SEGMENTED
+        )
         hkv = h // (H // HKV)
         h += C
         mbarrier.wait(full.index(C), visit & 1)
         raw = tile_of(places, C)
-        # [ROWS, D/2]
-        left, right = raw.slice(0, HALF, 1).load(LEFT), raw.slice(HALF, HALF, 1).load(LEFT)
-        if cos is not None:
-            at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1)
-            element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
-            place = (b * rope[0] + at * rope[1])[:, None] + element[None, :]
-            x, y = left.to(gl.float32), right.to(gl.float32)
-            left = (x * gl.load(cos + place) - y * gl.load(sin + place)).to(dtype)
-            right = (y * gl.load(cos + place + HALF) + x * gl.load(sin + place + HALF)).to(dtype)
+        left, right = _rotated(raw, cos, sin, b, first, T, rope, SCORES)
         x, y = left.to(gl.float32), right.to(gl.float32)
         square = gl.max(gl.sum(x * x, 1) + gl.sum(y * y, 1), 0)
         known = squares + (b * HKV + hkv) * ((T + P + MEASURED - 1) // MEASURED)
@@ -112,20 +104,10 @@ def _consume(
             factor *= 1 - gl.load(gate + h)
         acc *= gl.convert_layout(factor, gl.SliceLayout(1, RESULT))[:, None]
         if gate is not None:
-            a, o = 1.0, 0.0
-            if scale is not None:
-                a, o = gl.load(scale + hkv), gl.load(bias + hkv)
-            norm = norms + ((b * HKV + hkv) * N + segment) * D + gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
-            # [ROWS, D/2]
-            f = features(raw.slice(0, HALF, 1).load(LEFT), a, o)
-            f2 = features(raw.slice(HALF, HALF, 1).load(LEFT), a, o)
-            weight = gl.sum(f * gl.load(norm)[None, :], 1) + gl.sum(f2 * gl.load(norm + HALF)[None, :], 1)
-            share = (gl.load(gate + h) / gl.maximum(weight, eps))[:, None]
-            acc = warpgroup_mma((f * share).to(dtype), filled(v_ring, v_step), acc, is_async=True)
-            acc = warpgroup_mma((f2 * share).to(dtype), filled(v_ring, v_step + 1), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, [acc])
-            release(v_ring, v_step)
-            release(v_ring, v_step + 1)
+            norm = norms + ((b * HKV + hkv) * N + segment) * D
+            acc = _add_recalled(
+                acc, raw, norm, gl.load(gate + h), scale, bias, hkv, eps, v_ring, v_step, SCORES
+            )
             v_step += 2
         fence_async_shared()
         mbarrier.arrive(empty.index(C))
@@ -134,6 +116,46 @@ def _consume(
         result = gl.where((first + line < count)[:, None], result, 0.0)
         target = out + base * D + line[:, None] * D + column[None, :]
         gl.store(target, result, mask=(first + line < end)[:, None])
+
+
+@gluon.jit
+def _rotated(raw, cos, sin, b, first, T, rope, SCORES: gl.constexpr):
+    """A tile of queries after rotation, in halves ``[ROWS, D/2]``, as they are multiplied with keys."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    HALF: gl.constexpr = raw.shape[1] // 2
+    left, right = raw.slice(0, HALF, 1).load(LEFT), raw.slice(HALF, HALF, 1).load(LEFT)
+    if cos is not None:
+        at = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT)), T - 1).to(gl.int64)
+        element = gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
+        place = (b * rope[0] + at * rope[1])[:, None] + element[None, :]
+        x, y = left.to(gl.float32), right.to(gl.float32)
+        # [ROWS, D/2]
+        left = (x * gl.load(cos + place) - y * gl.load(sin + place)).to(raw.dtype)
+        right = (y * gl.load(cos + place + HALF) + x * gl.load(sin + place + HALF)).to(raw.dtype)
+    return left, right
+
+
+@gluon.jit
+def _add_recalled(acc, raw, norm, share, scale, bias, hkv, eps, v_ring, v_step, SCORES: gl.constexpr):
+    """``acc + share A_mem`` of a query tile; the memory's matrix is the ring's next two tiles."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    HALF: gl.constexpr = raw.shape[1] // 2
+    gl.static_assert(HALF == ROWS)
+    a, o = 1.0, 0.0
+    if scale is not None:
+        a, o = gl.load(scale + hkv), gl.load(bias + hkv)
+    norm += gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
+    # [ROWS, D/2]
+    f = features(raw.slice(0, HALF, 1).load(LEFT), a, o)
+    f2 = features(raw.slice(HALF, HALF, 1).load(LEFT), a, o)
+    weight = gl.sum(f * gl.load(norm)[None, :], 1) + gl.sum(f2 * gl.load(norm + HALF)[None, :], 1)
+    share = (share / gl.maximum(weight, eps))[:, None]
+    acc = warpgroup_mma((f * share).to(raw.dtype), filled(v_ring, v_step), acc, is_async=True)
+    acc = warpgroup_mma((f2 * share).to(raw.dtype), filled(v_ring, v_step + 1), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, [acc])
+    release(v_ring, v_step)
+    release(v_ring, v_step + 1)
+    return acc
 
 
 @gluon.jit
@@ -240,28 +262,28 @@ def _attend(left, right, k_ring, v_ring, k_step, v_step, view):
     return highest, total, acc
 
 
-@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "tiles", "total"])
+@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "per_head", "total"])
 def _infini_attention_forward_hopper_kernel(
     q, keys, v, states, out, lse, squares, cos, sin, norms, gate, scale, bias, position, length,
-    rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles, total, eps,
+    rope_batch, rope_row, H, HKV, T, P, S, W, N, per_head, total, eps,
     D: gl.constexpr, SEGMENTED: gl.constexpr, MEASURED: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     own = ring(q, CONSUMERS, ROWS, D, 1)
     k_ring, v_ring = ring(keys, STAGES, ROWS, D), ring(v, STAGES, ROWS, D)
     fence_async_shared()
-    rows, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, tiles, total)
+    facts, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, per_head, total)
     gl.warp_specialize(
         [
             (_consume, (
-                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes,
-                eps, 0, SEGMENTED, MEASURED,
+                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, facts, rope,
+                sizes, eps, 0, SEGMENTED, MEASURED,
             )),
             (_consume, (
-                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, rows, rope, sizes,
-                eps, 1, SEGMENTED, MEASURED,
+                out, lse, squares, cos, sin, norms, gate, scale, bias, own, k_ring, v_ring, facts, rope,
+                sizes, eps, 1, SEGMENTED, MEASURED,
             )),
-            (_produce, (q, keys, v, states, own, k_ring, v_ring, rows, sizes, SEGMENTED)),
+            (_produce, (q, keys, v, states, own, k_ring, v_ring, facts, sizes, SEGMENTED)),
         ],
         [4, 1], [REGISTERS, 24],
     )  # fmt: skip
@@ -278,9 +300,9 @@ def attend(
     total = batch * heads // CONSUMERS.value * per_head
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     recall = memory or NO_MEMORY
-    states = None if recall.states is None else tiles(recall.states.flatten(2, 3))
+    states = None if recall.states is None else tile_source(recall.states.flatten(2, 3))
     _infini_attention_forward_hopper_kernel[(min(processors(q.device), total),)](
-        tiles(q), tiles(keys.rotated), tiles(v), states, out, lse, keys.squares, cos, sin,
+        tile_source(q), tile_source(keys.rotated), tile_source(v), states, out, lse, keys.squares, cos, sin,
         recall.norms, recall.gate, recall.scale, recall.bias, layout.position, layout.length, *rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
         per_head, total, recall.eps,

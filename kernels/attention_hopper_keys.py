@@ -19,11 +19,11 @@ from newllm.kernels.attention_hopper import (
     fetch,
     fetch_numbers,
     filled,
-    numbers,
+    number_source,
     release,
     ring,
     tile_of,
-    tiles,
+    tile_source,
 )
 from newllm.kernels.attention_layout import Attention
 from newllm.kernels.attention_tiles import row_facts, softmax_weights
@@ -34,30 +34,31 @@ SIZES = {64: {"BT": 64, "STAGES": 4}, 128: {"BT": 64, "STAGES": 2}}
 
 
 @gluon.jit
-def _tile_of_keys(rows, sizes, BT: gl.constexpr):
-    """The program's row in the batch, head, first key, first query that sees one, and tiles of queries.
+def _tile_of_keys(facts, sizes, BT: gl.constexpr):
+    """Where the program's tiles of keys lie, and which tiles of queries see them.
 
-    Between the head and the key: the number of real queries and the first slot with a key.
+    Returns the row's index in the batch, the keys' head, the number of real queries, the first slot with a
+    key, the program's first slot, the first query of the first tile and the number of tiles.
     """
-    position, length = rows
-    _, HKV, T, P, W, tiles = sizes
-    head = (gl.program_id(0) // tiles).to(gl.int64)
+    position, length = facts
+    _, HKV, T, P, W, per_head = sizes
+    head = (gl.program_id(0) // per_head).to(gl.int64)
     b, hkv = head // HKV, head % HKV
     _, count, floor = row_facts(position, length, b, T, P)
-    first = gl.program_id(0) % tiles * (ROWS * CONSUMERS)
+    first = gl.program_id(0) % per_head * (ROWS * CONSUMERS)
     begin = gl.maximum(first - P, 0) // BT * BT
     end = gl.minimum(first + ROWS * CONSUMERS - 1 - P + W, count)
     return b, hkv, count, floor, first, begin, gl.maximum((end - begin + BT - 1) // BT, 0)
 
 
 @gluon.jit
-def _produce(q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes):
+def _produce(q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, facts, sizes):
     H, HKV, _, _, _, _ = sizes
     places, _, _ = q_ring
     N: gl.constexpr = places.shape[0]
     BT: gl.constexpr = places.shape[3]
     D: gl.constexpr = places.shape[4]
-    b, hkv, _, _, first, begin, steps = _tile_of_keys(rows, sizes, BT)
+    b, hkv, _, _, first, begin, steps = _tile_of_keys(facts, sizes, BT)
     k_places, full, _ = own_k
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(full.index(c), 2 * ROWS * D * 2)
@@ -76,7 +77,7 @@ def _produce(q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, s
 
 
 @gluon.jit
-def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, C: gl.constexpr):
+def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, facts, sizes, C: gl.constexpr):
     H, HKV, T, P, W, _ = sizes
     places, _, _ = q_ring
     N: gl.constexpr = places.shape[0]
@@ -88,7 +89,7 @@ def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, size
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     FACTOR: gl.constexpr = D**-0.5 * LOG2E
     dtype: gl.constexpr = dk.dtype.element_ty
-    _, _, count, _, first, begin, steps = _tile_of_keys(rows, sizes, BT)
+    _, _, count, _, first, begin, steps = _tile_of_keys(facts, sizes, BT)
     first += ROWS * C
     base = first - P
     queries = gl.arange(0, BT, gl.SliceLayout(0, SCORES))
@@ -136,7 +137,7 @@ def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, size
             filled(q_ring, at + i)
             release(q_ring, at + i)
     # Not kept in registers meanwhile.
-    b, hkv, _, floor, first, _, _ = _tile_of_keys(rows, sizes, BT)
+    b, hkv, _, floor, first, _, _ = _tile_of_keys(facts, sizes, BT)
     first += ROWS * C
     line, column = gl.arange(0, ROWS, gl.SliceLayout(1, FLAT)), gl.arange(0, D, gl.SliceLayout(0, FLAT))
     target = ((b * HKV + hkv) * (T + P) + first) * D + line[:, None] * D + column[None, :]
@@ -149,9 +150,9 @@ def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, size
     gl.store(dk + target, result, mask=stored)
 
 
-@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "W", "tiles"])
+@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "W", "per_head"])
 def _infini_attention_backward_keys_hopper_kernel(
-    q, do, k, v, lse, delta, dk, dv, position, length, H, HKV, T, P, W, tiles,
+    q, do, k, v, lse, delta, dk, dv, position, length, H, HKV, T, P, W, per_head,
     D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     own_k, q_ring = ring(k, CONSUMERS, ROWS, D, 1), ring(q, STAGES, BT, D)
@@ -161,13 +162,13 @@ def _infini_attention_backward_keys_hopper_kernel(
     levels = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], lse.layout)
     shifts = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BT], delta.layout)
     fence_async_shared()
-    rows, sizes = (position, length), (H, HKV, T, P, W, tiles)
+    facts, sizes = (position, length), (H, HKV, T, P, W, per_head)
     gl.warp_specialize(
         [
-            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, 0)),
-            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes, 1)),
+            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, facts, sizes, 0)),
+            (_consume, (dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, facts, sizes, 1)),
             (_produce, (
-                q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, rows, sizes,
+                q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, shifts, facts, sizes,
             )),
         ],
         [4, 1], [REGISTERS, 24],
@@ -184,7 +185,8 @@ def key_gradients(
     rows = sizes["BT"]
     per_head = -(-slots // (ROWS.value * CONSUMERS.value))
     _infini_attention_backward_keys_hopper_kernel[(batch * kv_heads * per_head,)](
-        tiles(q, rows), tiles(do, rows), tiles(k), tiles(v), numbers(lse, rows), numbers(delta, rows),
+        tile_source(q, rows), tile_source(do, rows), tile_source(k), tile_source(v),
+        number_source(lse, rows), number_source(delta, rows),
         dk, dv, layout.position, layout.length, heads, kv_heads, tokens, slots - tokens, layout.reach,
         per_head, D=width, **sizes, REGISTERS=REGISTERS, num_warps=4, maxnreg=LIMIT,
     )  # fmt: skip

@@ -23,9 +23,10 @@ from newllm.kernels.attention_hopper import (
     queries_and_keys,
     release,
     ring,
+    seen,
     synchronize,
     tile_of,
-    tiles,
+    tile_source,
 )
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import hide, softmax_weights
@@ -35,14 +36,14 @@ STAGES = 3
 
 
 @gluon.jit
-def _produce(q, do, keys, v, states, own, own_do, k_ring, v_ring, rows, sizes, SEGMENTED: gl.constexpr):
+def _produce(q, do, keys, v, states, own, own_do, k_ring, v_ring, facts, sizes, SEGMENTED: gl.constexpr):
     H, HKV, _, _, _, _, _, _, total = sizes
     places, full, empty = own
     D: gl.constexpr = places.shape[4]
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
+        b, h, segment, first, _, _, _, start, steps = queries_and_keys(tile, facts, sizes, SEGMENTED)
         hkv = h // (H // HKV)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(empty.index(c), visit & 1 ^ 1)
@@ -64,9 +65,9 @@ def _produce(q, do, keys, v, states, own, own_do, k_ring, v_ring, rows, sizes, S
 @gluon.jit
 def _consume(
     raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own, own_do,
-    k_ring, v_ring, rows, rope, sizes, C: gl.constexpr, SEGMENTED: gl.constexpr,
+    k_ring, v_ring, facts, rope, sizes, C: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
-    H, HKV, T, P, _, W, N, tiles, total = sizes
+    H, HKV, T, P, _, W, N, per_head, total = sizes
     places, full, empty = own
     D: gl.constexpr = places.shape[4]
     HALF: gl.constexpr = D // 2
@@ -77,7 +78,9 @@ def _consume(
     k_step, v_step = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         visit = tile // gl.num_programs(0)
-        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(tile, rows, sizes, SEGMENTED)
+        b, h, segment, first, end, count, floor, start, steps = queries_and_keys(
+            tile, facts, sizes, SEGMENTED
+        )
         hkv = h // (H // HKV)
         h += C
         base = (b * H + h) * T + first
@@ -94,8 +97,8 @@ def _consume(
             _store_recall_gradient(
                 gradient, raw + b * raw_strides[0] + h * raw_strides[1], raw_strides[2],
                 norms + ((b * HKV + hkv) * N + segment) * D, pulls + base, shares + base, scale, bias,
-                dq + base * D, dfeature, ((b * H + h) * tiles + tile % tiles) * 2, v_ring, v_step, hkv, first,
-                end, count, T,
+                dq + base * D, dfeature, ((b * H + h) * per_head + tile % per_head) * 2, v_ring, v_step, hkv,
+                first, end, count, T,
             )  # fmt: skip
             v_step += D // ROWS
         view = (first, start, steps, floor, P, W)
@@ -107,7 +110,7 @@ def _consume(
         line = gl.arange(0, ROWS, gl.SliceLayout(1, PLAIN))
         element = gl.arange(0, HALF, gl.SliceLayout(0, PLAIN))
         if cos is not None:
-            at = gl.minimum(first + line, T - 1)
+            at = gl.minimum(first + line, T - 1).to(gl.int64)
             place = (b * rope[0] + at * rope[1])[:, None] + element[None, :]
             x, y = left, right
             left = x * gl.load(cos + place) + y * gl.load(sin + place + HALF)
@@ -191,7 +194,7 @@ def _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_
         at = start + i * ROWS
         scores = _begin_product(queries, filled(k_ring, k_step + i))
         slopes = _begin_product(gradient, filled(v_ring, v_step + i))
-        acc = warpgroup_mma(ready, _seen(k_ring, k_step + i - 1), acc, is_async=True)
+        acc = warpgroup_mma(ready, seen(k_ring, k_step + i - 1), acc, is_async=True)
         scores = warpgroup_mma_wait(2, [scores])
         edge = (at < full) | (at + ROWS > first + P + 1)
         weights = _weigh(scores, level, first, at, floor, P, W, edge, D)
@@ -201,17 +204,10 @@ def _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_
         acc = warpgroup_mma_wait(0, [acc])
         release(k_ring, k_step + i - 1)
         ready = following
-    acc = warpgroup_mma(ready, _seen(k_ring, k_step + steps - 1), acc, is_async=True)
+    acc = warpgroup_mma(ready, seen(k_ring, k_step + steps - 1), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
     release(k_ring, k_step + steps - 1)
     return acc
-
-
-@gluon.jit
-def _seen(ring, step):
-    """The ring's tile of a step that has been waited for."""
-    places, _, _ = ring
-    return tile_of(places, step % places.shape[0])
 
 
 @gluon.jit
@@ -224,10 +220,10 @@ def _weigh(scores, level, first, start, floor, P, W, edge, D: gl.constexpr):
     return weights
 
 
-@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "tiles", "total"])
+@gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "per_head", "total"])
 def _infini_attention_backward_queries_hopper_kernel(
     q, do, keys, v, states, raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias,
-    position, length, raw_strides, rope_batch, rope_row, H, HKV, T, P, S, W, N, tiles, total,
+    position, length, raw_strides, rope_batch, rope_row, H, HKV, T, P, S, W, N, per_head, total,
     D: gl.constexpr, SEGMENTED: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     own = ring(q, CONSUMERS, ROWS, D, 1)
@@ -235,18 +231,18 @@ def _infini_attention_backward_queries_hopper_kernel(
     own_do = gl.allocate_shared_memory(do.dtype, [CONSUMERS, 1, 1, ROWS, D], do.layout)
     k_ring, v_ring = ring(keys, STAGES, ROWS, D), ring(v, STAGES, ROWS, D)
     fence_async_shared()
-    rows, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, tiles, total)
+    facts, rope, sizes = (position, length), (rope_batch, rope_row), (H, HKV, T, P, S, W, N, per_head, total)
     gl.warp_specialize(
         [
             (_consume, (
                 raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own,
-                own_do, k_ring, v_ring, rows, rope, sizes, 0, SEGMENTED,
+                own_do, k_ring, v_ring, facts, rope, sizes, 0, SEGMENTED,
             )),
             (_consume, (
                 raw, lse, delta, pulls, shares, dq, dfeature, cos, sin, norms, scale, bias, raw_strides, own,
-                own_do, k_ring, v_ring, rows, rope, sizes, 1, SEGMENTED,
+                own_do, k_ring, v_ring, facts, rope, sizes, 1, SEGMENTED,
             )),
-            (_produce, (q, do, keys, v, states, own, own_do, k_ring, v_ring, rows, sizes, SEGMENTED)),
+            (_produce, (q, do, keys, v, states, own, own_do, k_ring, v_ring, facts, sizes, SEGMENTED)),
         ],
         [4, 1], [REGISTERS, 24],
     )  # fmt: skip
@@ -270,14 +266,15 @@ def query_gradients(
     per_head = layout.query_tiles(tokens, ROWS.value)
     total = batch * heads // CONSUMERS.value * per_head
     recall = memory or NO_MEMORY
-    states = None if recall.states is None else tiles(recall.states.flatten(2, 3))
+    states = None if recall.states is None else tile_source(recall.states.flatten(2, 3))
     dfeature = None
     if recall.scale is not None:
         dfeature = ready.delta.new_empty(batch, kv_heads, heads // kv_heads * per_head, 2)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     _infini_attention_backward_queries_hopper_kernel[(min(processors(q.device), total),)](
-        tiles(rotated), tiles(do), tiles(k), tiles(v), states, q, lse, ready.delta, ready.pull, ready.share,
-        dq, dfeature, cos, sin, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
+        tile_source(rotated), tile_source(do), tile_source(k), tile_source(v), states, q, lse,
+        ready.delta, ready.pull, ready.share, dq, dfeature, cos, sin, recall.norms, recall.scale, recall.bias,
+        layout.position, layout.length,
         q.stride()[:3], *rope_strides, heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach,
         layout.segments(tokens), per_head, total,
         D=width, SEGMENTED=layout.segmented, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4, maxnreg=LIMIT,

@@ -82,6 +82,9 @@ def _rows() -> Iterator[Row]:
         )
         sizes = {**_HEADS, "key": 128, "value": 128, **lengths}
         yield Row(name, FAMILIES[name].options[0], torch.bfloat16, sizes, 0)
+    # More tiles than an H100 has multiprocessors, so that a program takes a second one.
+    sizes = {**_HEADS, "key": 128, "value": 128, "tokens": 2200, "window": 70, "segment": 64, "before": 43}
+    yield Row("layer", "learned delta padded stream", torch.bfloat16, sizes, 0)
 
 
 def kernels() -> set[str]:
