@@ -43,12 +43,16 @@ def layer_figure(rows: list[Row]) -> Figure:
 
 
 def _panel(axes: Any, rows: list[Row], title: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     times = [row.ms or 0.0 for row in rows]
     places = range(len(rows))
     axes.barh(places, times, color=[_color(row) for row in rows], height=0.7)
     axes.set_yticks(places, [_label(row) for row in rows])
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     for place, ms in zip(places, times, strict=True):
         axes.annotate(
             milliseconds(ms), (ms, place), (4, 0), textcoords="offset points", va="center", fontsize=9
