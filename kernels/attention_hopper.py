@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from newllm.kernels.attention_tiles import query_tile, row_facts
+from newllm.kernels.attention_tiles import hide, query_tile, row_facts
 
 # Rows of a consumer, and rows of a tile in a ring: one step of warp-group products.
 ROWS = gl.constexpr(64)
@@ -63,19 +63,19 @@ def tile_of(places, place):
 
 
 @gluon.jit
-def filled(ring, step):
-    """The ring's tile of this step, once it is there: ``[BT, D]``."""
-    places, full, _ = ring
-    N: gl.constexpr = places.shape[0]
-    mbarrier.wait(full.index(step % N), step // N & 1)
-    return tile_of(places, step % N)
+def seen(ring, step):
+    """The ring's tile of a step that has been waited for: ``[BT, D]``."""
+    places, _, _ = ring
+    return tile_of(places, step % places.shape[0])
 
 
 @gluon.jit
-def seen(ring, step):
-    """The same for a step that has been waited for."""
-    places, _, _ = ring
-    return tile_of(places, step % places.shape[0])
+def filled(ring, step):
+    """The same, once it is there."""
+    places, full, _ = ring
+    N: gl.constexpr = places.shape[0]
+    mbarrier.wait(full.index(step % N), step // N & 1)
+    return seen(ring, step)
 
 
 @gluon.jit
@@ -135,6 +135,16 @@ def queries_and_keys(tile, facts, sizes, SEGMENTED: gl.constexpr):
     # A tile without real rows takes a single step, since all partitions have to count some.
     steps = gl.where(first < last, (last + P - start + ROWS - 1) // ROWS, 1)
     return b, h, segment, first, end, count, floor, start, steps
+
+
+@gluon.jit
+def hide_at_edge(weights, first, start, floor, P, W, edge):
+    """A tile's weights, zero where a query does not see a key, as happens at an ``edge`` alone."""
+    SCORES: gl.constexpr = weights.type.layout
+    if edge:
+        row = first + P + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        weights = hide(weights, row, start + gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)), floor, W, 0.0)
+    return weights
 
 
 def processors(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from newllm.kernels.attention_hopper import (
     fetch,
     fill,
     filled,
+    hide_at_edge,
     processors,
     queries_and_keys,
     release,
@@ -184,11 +185,8 @@ def _begin_scores(left, right, keys):
 @gluon.jit
 def _weigh(scores, first, start, floor, P, W, edge, D: gl.constexpr):
     """A tile's weights where no exponent needs a largest one taken off, and their sums eight apart."""
-    SCORES: gl.constexpr = scores.type.layout
     weights = softmax_weights(scores, D**-0.5 * LOG2E, 0.0, False)
-    if edge:
-        row = first + P + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        weights = hide(weights, row, start + gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)), floor, W, 0.0)
+    weights = hide_at_edge(weights, first, start, floor, P, W, edge)
     # Neighbours of a row lie in different threads, elements eight apart in one.
     return weights, gl.sum(weights.reshape([ROWS, ROWS // 8, 8]), 1)
 

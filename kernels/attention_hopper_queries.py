@@ -19,6 +19,7 @@ from newllm.kernels.attention_hopper import (
     fetch,
     fill,
     filled,
+    hide_at_edge,
     processors,
     queries_and_keys,
     release,
@@ -29,7 +30,7 @@ from newllm.kernels.attention_hopper import (
     tile_source,
 )
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
-from newllm.kernels.attention_tiles import hide, softmax_weights
+from newllm.kernels.attention_tiles import softmax_weights
 from newllm.kernels.common import LOG2E, exponential
 
 STAGES = 3
@@ -182,8 +183,7 @@ def _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_
     SLOPES: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     full = gl.maximum(floor, first + ROWS + P - W)
     acc = gl.zeros([ROWS, D], gl.float32, RESULT)
-    keys = filled(k_ring, k_step)
-    scores = _begin_product(queries, keys)
+    scores = _begin_product(queries, filled(k_ring, k_step))
     slopes = _begin_product(gradient, filled(v_ring, v_step))
     scores = warpgroup_mma_wait(1, [scores])
     weights = _weigh(scores, level, first, start, floor, P, W, True, D)
@@ -212,12 +212,9 @@ def _attend_backward(queries, gradient, level, shift, k_ring, v_ring, k_step, v_
 
 @gluon.jit
 def _weigh(scores, level, first, start, floor, P, W, edge, D: gl.constexpr):
-    SCORES: gl.constexpr = scores.type.layout
+    """A tile's weights."""
     weights = softmax_weights(scores, D**-0.5 * LOG2E, level[:, None], False)
-    if edge:
-        row = first + P + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        weights = hide(weights, row, start + gl.arange(0, ROWS, gl.SliceLayout(0, SCORES)), floor, W, 0.0)
-    return weights
+    return hide_at_edge(weights, first, start, floor, P, W, edge)
 
 
 @gluon.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "per_head", "total"])
