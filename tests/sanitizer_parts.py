@@ -85,6 +85,9 @@ def _rows() -> Iterator[Row]:
     # More tiles than an H100 has multiprocessors, so that a program takes a second one.
     sizes = {**_HEADS, "key": 128, "value": 128, "tokens": 2200, "window": 70, "segment": 64, "before": 43}
     yield Row("layer", "learned delta padded stream", torch.bfloat16, sizes, 0)
+    for dtype in DTYPES:
+        sizes = {"batch": 3, "tokens": 21, "input": 5, "width": 129, "layers": 2}
+        yield Row("context_sweep", "jacobi", dtype, sizes, 0)
 
 
 def kernels() -> set[str]:
@@ -116,7 +119,7 @@ class Launched:
 
         def counted(kind: str, *args: Any, **kwargs: Any) -> Any:
             plan = planned(kind, *args, **kwargs)
-            self.found.add(f"{kind} {plan.kernel} {str(args[2]).removeprefix('torch.')}")
+            self.found.add(f"{kind} {plan.kernel} {_title(args[2])}")
             return plan
 
         self._kind.run, native.planned = launched, counted  # type: ignore[assignment]
@@ -127,7 +130,7 @@ class Launched:
 
     def run(self, row: Row, device: str) -> None:
         """Results and gradients of a row by the kernels."""
-        self.dtype = str(row.dtype).removeprefix("torch.")
+        self.dtype = _title(row.dtype)
         case = FAMILIES[row.family].case(row.option)
         inputs = case.inputs("changed", row.dtype, device=device, seed=row.seed, **row.sizes)
         call = partial(case.call, function=partial(case.public, backend="fused"))
@@ -136,17 +139,22 @@ class Launched:
             torch.cuda.synchronize()
 
 
-def hopper() -> set[str]:
-    """The kernels for Hopper, by name and their only dtype."""
-    return {f"{name} bfloat16" for name in kernels() if name.endswith("_hopper_kernel")}
+def gpu_only() -> set[str]:
+    """What no interpreter runs: the native sweeps, Jacobi's, the kernels for Hopper in their only dtype."""
+    hopper = {f"{name} bfloat16" for name in kernels() if name.endswith("_hopper_kernel")}
+    swept = [name for name in kernels() if name.startswith("_context_")]
+    return SWEEPS | hopper | {f"{name} {_title(dtype)}" for name in swept for dtype in DTYPES}
 
 
 def missing(found: set[str]) -> list[str]:
     """The kernels, by dtype, that ``found`` lacks."""
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     portable = {name for name in kernels() if not name.endswith("_hopper_kernel")}
-    wanted = {f"{name} {dtype}" for name in portable for dtype in dtypes}
-    return sorted((wanted | SWEEPS | hopper()) - found)
+    wanted = {f"{name} {_title(dtype)}" for name in portable for dtype in DTYPES}
+    return sorted((wanted | gpu_only()) - found)
+
+
+def _title(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run_rows(options: Options) -> bool:

@@ -12,15 +12,13 @@ from torch import Tensor
 from newllm import backend, ops
 from newllm.ops.context_fused import context_sweep
 from newllm.testing import CASES, Inputs, largest
-from tests.row_families import SECOND_LOOK, judge_most
+from tests.row_families import judge_recurrence
 
 CASE = CASES["context_sweep"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif("cuda" not in backend.FUSED["context_sweep"], reason="built without CUDA"),
 ]
-# Rows of a few numbers, whose largest errors are luck.
-DRAWS = 3
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 WIDTHS = [1, 7, 31, 32, 33, 64, 100, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 640, 700, 767, 768]
@@ -47,13 +45,7 @@ def judge(dtype: torch.dtype, **sizes: int) -> None:
 
 
 def judge_drawn(dtype: torch.dtype, draw: Callable[[int], Inputs]) -> None:
-    """Hold three draws as one to the error rule, or, since chaos may decide there, most of twelve."""
-    gradients = dtype != F16
-    first, *others = (draw(seed) for seed in range(DRAWS))
-    try:
-        CASE.judge(first, dtype, function=fused, gradients=gradients, others=others)
-    except AssertionError:
-        judge_most(CASE, [draw(seed) for seed in range(SECOND_LOOK)], dtype, fused, gradients)
+    judge_recurrence(CASE, dtype, draw, fused, gradients=dtype != F16)
 
 
 @DTYPES

@@ -124,6 +124,9 @@ def _sweep() -> Iterator[Bar]:
         yield Bar("time", own, one(FORWARD), must=must, aim=aim)
     long = partial(_own, "context_sweep", shape="d768 B1 32K", direction=FORWARD)
     yield Bar("speed", long("block"), long("sequential"), must=20, aim=30)
+    for direction, must, aim in ((FORWARD, 0.40, 0.25), (BOTH, 1.4, 0.9)):
+        own = _own("context_sweep", "jacobi, a sweep", "d768 B1 100K", direction)
+        yield Bar("ms", own, own, must=must, aim=aim)
     small = partial(_own, "context_sweep", shape="CPU d768 B1")
     for direction, must in ((FORWARD, 4), (BOTH, 5)):
         eager = _loop("eager loop", "CPU d768 B1", direction)

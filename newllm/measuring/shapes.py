@@ -48,8 +48,9 @@ DECODES: Shapes = {
     )
     for device, base in (("cuda", _8B), ("cpu", _SMALL))
 }
-# Context sweeps: no heads, no window. The last shape of a CPU shows how many sweeps Jacobi's method takes.
+# Context sweeps: no heads, no window. The last shapes show what one of Jacobi's takes, and how many it takes.
 CONVERGENCE = "convergence"
+JACOBI = "d768 B1 100K"
 
 
 def _sweep(width: int, batch: int, tokens: int, name: str = "d{} B{}") -> Shape:
@@ -62,6 +63,7 @@ SWEEPS: Shapes = {
         *(_sweep(width, 1, 2048) for width in (128, 256, 512, 768, 1024, 2048)),
         *(_sweep(768, batch, 2048) for batch in (8, 16, 64, 112, 128)),
         _sweep(768, 1, 32768, "d{} B{} 32K"),
+        _sweep(768, 1, 100_000, JACOBI),
         _sweep(64, 1, 512, CONVERGENCE),
     ),
     "cpu": (

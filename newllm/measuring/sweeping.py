@@ -14,7 +14,7 @@ from newllm import backend as backends
 from newllm.measuring import work
 from newllm.measuring.entries import FUSED, REFERENCE, Entry, Prepared, judged
 from newllm.measuring.ours import Site, Source
-from newllm.measuring.shapes import CONVERGENCE, Shape
+from newllm.measuring.shapes import CONVERGENCE, JACOBI, Shape
 from newllm.measuring.work import Work
 from newllm.reference.context import LAYER_NORM_EPS
 from newllm.testing import CASES, Inputs
@@ -25,6 +25,8 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # Standard deviation of the weights: that of the documents, and for the suite's last picture others around it,
 # as shares of 1 / sqrt(width).
 DOCUMENTS_STD = 0.1
+# Jacobi's sweeps that are timed at once: the first reads no contexts yet.
+SWEEPS = 8
 STDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -41,6 +43,10 @@ def sweep_entries(shape: Shape, site: Site) -> Iterator[Entry]:
     """Our methods, and the reference where it is what a machine has."""
     if shape.name == CONVERGENCE:
         yield from _convergence_entries(shape, site)
+        return
+    if shape.name == JACOBI:
+        for impl in (FUSED, REFERENCE):
+            yield _entry(shape, site, impl, "jacobi", "jacobi, a sweep", work.DIRECTIONS, sweeps=SWEEPS)
         return
     fused = site.device.type in backends.FUSED[OP]
     methods = ("sequential", "block", "auto") if shape.batch == 1 else ("sequential",)
@@ -66,8 +72,11 @@ def _entry(
     variant: str,
     directions: tuple[str, ...],
     std: float = DOCUMENTS_STD,
+    sweeps: int | None = None,
 ) -> Entry:
-    public = partial(CASES[OP].public, method=method, backend=impl)
+    """``sweeps``: so many of Jacobi's, whatever they change, and the time of one."""
+    options: Inputs = {} if sweeps is None else {"sweeps": sweeps, "tol": 0.0}
+    public = partial(CASES[OP].public, method=method, backend=impl, **options)
     last: list[SweepInfo] = []
 
     def sweep(**inputs: Any) -> Any:
@@ -88,7 +97,9 @@ def _entry(
         public,
         learns=True,
     )
-    prepare = lambda: Prepared(sweep, make(shape, site.source()), detail=detail)  # noqa: E731
+    prepare = lambda: Prepared(  # noqa: E731
+        sweep, make(shape, site.source()), repeats=sweeps or 1, detail=detail
+    )
     return Entry(OP, impl, variant, shape, prepare, _least(shape, site), directions, judge)
 
 
@@ -179,7 +190,7 @@ def _replayed(inputs: Inputs) -> Prepared:
 
 def layer_of_torch_entries(shape: Shape, site: Site, *, kind: str) -> Iterator[Entry]:
     """``torch.nn.LSTM`` or ``GRU`` of the same width, cuDNN's on a GPU."""
-    if shape.name == CONVERGENCE:
+    if shape.name in (CONVERGENCE, JACOBI):
         return
 
     def prepare() -> Prepared:

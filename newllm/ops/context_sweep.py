@@ -99,6 +99,8 @@ def _declined(x: Tensor, params: ContextParams | GatedParams, method: str) -> st
     """Why the native sweeps cannot take this call; None if they can."""
     if x.dtype == torch.float64:
         return f"its sweeps take float16, bfloat16 and float32, got {x.dtype}"
+    if method == "jacobi" and x.device.type == "cuda" and isinstance(params, ContextParams):
+        return None
     if method == "jacobi":
         return "it has the methods auto, sequential and block, got 'jacobi'"
     if x.device.type != "cuda":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from newllm.ops.context_fused import context_sweep, outcome_of
 from newllm.ops.gated_fused import gated_sweep
+from newllm.ops.jacobi_fused import jacobi_sweep
 from newllm.reference.context import context_drive, gated_drive
 from newllm.types import ContextParams, GatedParams, SweepInfo
 
@@ -41,6 +42,9 @@ def sweep(
         for name, value in params._asdict().items()
     }
     how = (method, tol, sweeps, fallback)
+    if method == "jacobi":
+        outputs, last, info = jacobi_sweep(x.to(dtype), ContextParams(**given), start, tol=tol, sweeps=sweeps)
+        return outputs.to(x.dtype), last, info
     if isinstance(params, ContextParams):
         outputs, last, report = _context(x.to(dtype), ContextParams(**given), start, how)
     else:
