@@ -91,9 +91,10 @@ def _infini_attention_backward_prepare_kernel(
             tl.store(pulls + rows, tl.where(weight > eps, answer, 0.0), mask=row < end)
             tl.store(shares + rows, tl.where(real, g / weight, 0.0), mask=row < end)
             place = sums + (b * HKV * GROUP + h) * tiles + program % tiles
-            tl.store(place, tl.sum(tl.where(real, answer - shift, 0.0)))
-            # A weight of zero meets it where g is one.
-            shift = tl.where(g == 1, 0.0, (shift - g * answer) / (1 - g))
+            # Nothing is the window's where g is one, however A_mem and out were rounded.
+            tl.store(place, tl.where(g == 1, 0.0, tl.sum(tl.where(real, answer - shift, 0.0))))
+            # From that very difference: what it lacks is found again in the slopes' sums.
+            shift = tl.where(g == 1, 0.0, shift - g / (1 - g) * (answer - shift))
         if (W == 1) | (first + P <= floor):
             # A single key has no slope: that takes the very product it is subtracted from, not a rounded out.
             # [BT, BV]

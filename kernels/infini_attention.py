@@ -187,8 +187,8 @@ def finish_backward(x: Inputs, call: Call, saved: Saved, begun: Begun) -> ReadSl
     queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     dk, dv = key_gradients(queries, keys, v, do, level, ready.delta, layout)
     rotated(dk, x.rope, dk, back=True)
-    asked = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
-    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready)
+    asked, residues = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
+    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready, residues)
     return ReadSlopes(Slopes(dq, dk, dv, dbeta), asked)
 
 
@@ -226,7 +226,11 @@ def _share(beta: Tensor, gate: str) -> Tensor:
     return beta.float().sigmoid() if gate == "sigmoid" else beta.float().tanh()
 
 
-def _gate_slope(share: Tensor, gate: str, ready: Prepared) -> Tensor:
-    """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g."""
+def _gate_slope(share: Tensor, gate: str, ready: Prepared, residues: Tensor | None) -> Tensor:
+    """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g.
+
+    Where g is all but one it is small beside the rounding of out, which ``residues [H]`` tell.
+    """
     assert ready.gates is not None
-    return (share if gate == "sigmoid" else 1 + share) * ready.gates
+    excess = ready.gates if residues is None else ready.gates - residues
+    return (share if gate == "sigmoid" else 1 + share) * excess
