@@ -132,11 +132,12 @@ void define_cuda(py::module_& module) {
     };
     module.def("plan_context_sweep", plan_context, py::kw_only(), "adjoint"_a, "layers"_a, "width"_a, "runs"_a,
                "bfloat16"_a, "device"_a, unlocked);
-    const auto plan_gated = [](bool adjoint, int64_t hidden, int64_t width, int64_t deeper, int64_t runs, int device) {
-        return plan_gated_sweep(direction(adjoint), hidden, width, deeper, runs, device);
+    const auto plan_gated = [](bool adjoint, int64_t hidden, int64_t width, int64_t deeper, int64_t runs, bool bfloat16,
+                               int device) {
+        return plan_gated_sweep(direction(adjoint), hidden, width, deeper, runs, bfloat16, device);
     };
     module.def("plan_gated_sweep", plan_gated, py::kw_only(), "adjoint"_a, "hidden"_a, "width"_a, "deeper"_a, "runs"_a,
-               "device"_a, unlocked);
+               "bfloat16"_a, "device"_a, unlocked);
     module.def("context_forward_cuda", raising(&context_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
     module.def("context_adjoint_cuda", raising(&context_adjoint_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);
     module.def("gated_forward_cuda", raising(&gated_forward_cuda), "sweep"_a, "plan"_a, "call"_a, unlocked);

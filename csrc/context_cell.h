@@ -14,6 +14,7 @@
 namespace newllm {
 
 constexpr float kLayerNormEps = 1e-5f;
+constexpr int kGates = 3;  // of the gated cell: forget, input, candidate
 
 namespace {
 

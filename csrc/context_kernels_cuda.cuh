@@ -24,6 +24,13 @@ CudaSweepPlan plan_tensor(int64_t width, int64_t runs);
 template <class Arguments>
 const char* launch_tensor(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
 
+// The gated cell with few rows, one hidden layer and bfloat16 matrices (gated_cluster_cuda.cuh). Sweep: forward or
+// adjoint.
+template <class Sweep>
+CudaSweepPlan plan_gated_cluster(const Sweep& sweep, int rows);
+template <class Sweep>
+const char* launch_gated_cluster(const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call);
+
 // Any device, any sizes (sweep_grid_cuda.cuh). To be planned, a sweep needs its sizes and number of rows only.
 CudaSweepPlan plan_grid(const ContextForward& sweep);
 CudaSweepPlan plan_grid(const ContextAdjoint& sweep);

@@ -35,7 +35,6 @@ struct SweepTile {
     static constexpr int kQuads = (Columns + 2 + 3) / 4;  // of a warp's message: columns and two sums
     static constexpr int kMessage = Rows * kQuads * kSweepWarps;  // quads that a block sends to another
     static constexpr int kVector = 4 * Senders * kMessage;        // quads of a group's vector
-    static constexpr int kSends = (4 * Senders * kMessage + kSweepThreads - 1) / kSweepThreads;  // quads, of a lane
     static constexpr bool kSumsAsColumns = Columns + 2 <= 8;  // they are reduced together with the products
     static constexpr int kValues = kSumsAsColumns ? Columns + 2 : Columns;
     static constexpr int kRowValues = Rows * kValues < 8 ? 8 : Rows * kValues;
@@ -277,15 +276,7 @@ struct Sweeper {
             message[entry(Tile::kColumns + 1)] = second;
         }
         __syncthreads();
-        const int blocks = cluster_size(), rank = cluster_rank();
-#pragma unroll
-        for (int k = 0; k < Tile::kSends; k++) {
-            const int i = k * kSweepThreads + threadIdx.x, quad = i % Tile::kMessage;
-            if (i >= blocks * Tile::kMessage) break;
-            const int peer = (i / Tile::kMessage + rank) & (blocks - 1);  // not all to the same one at once
-            send(remote_address(vector(buffer) + rank * Tile::kMessage + quad, peer), outbox[quad],
-                 remote_address(barrier(at, buffer), peer));
-        }
+        broadcast<Tile::kMessage, kSweepThreads, 4 * Tile::kSenders>(vector(buffer), outbox, barrier(at, buffer));
     }
 
     static __device__ __forceinline__ uint64_t* barrier(const SweepLayout& at, int buffer) {

@@ -46,7 +46,7 @@ template <class Sweep>
 const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call) {
     const DeviceGuard guard(call.device);
     if (guard.status() != cudaSuccess) return cudaGetErrorString(guard.status());
-    return launch_grid(sweep, plan, call);
+    return on_grid(plan) ? launch_grid(sweep, plan, call) : launch_gated_cluster(sweep, plan, call);
 }
 
 template <class Arguments, class Sweep>
@@ -64,12 +64,17 @@ CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool hal
 }
 
 template <class Sweep>
-CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t runs) {
+CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t runs, bool half, int device,
+                         int rows) {
     Sweep sweep{};
     sweep.span = {runs, 1, 0, 0, 0};
     sweep.hidden = hidden;
     sweep.width = width;
     sweep.deeper = deeper;
+    if (rows != kGridRowsWanted && half && width >= kLeastClusterWidth && has_clusters(device)) {
+        const CudaSweepPlan plan = plan_gated_cluster(sweep, rows);
+        if (plan.kernel != nullptr || rows) return plan;
+    }
     return plan_grid(sweep);
 }
 
@@ -85,11 +90,11 @@ CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64
 }
 
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
-                               int device) {
+                               bool half, int device, int rows) {
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
     const auto plan = direction == SweepDirection::kForward ? plan_gated<GatedForward> : plan_gated<GatedAdjoint>;
-    return plan(hidden, width, deeper, runs);
+    return plan(hidden, width, deeper, runs, half, device, rows);
 }
 
 const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {

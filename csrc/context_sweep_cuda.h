@@ -34,7 +34,7 @@ constexpr int kGridRowsWanted = -1;
 CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
                                  int device, int rows = 0, int groups = 0);
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
-                               int device);
+                               bool half, int device, int rows = 0);
 
 // Null, or what went wrong. Nothing waits for the device. A plan of the grid reads the matrices of an adjoint sweep
 // transposed: [L, C, C], [C, H], [N, H, H] and [H, 3, C], input by output.

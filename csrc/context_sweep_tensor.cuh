@@ -242,10 +242,10 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     TensorSweeper<Tile> sweeper{{warp, lane, rank, rank * Tile::kColumns + lane, width,
                                  int64_t(blockIdx.x / Tile::kBlocks) * kTensorRows + warp},
                                 true};
-    if (threadIdx.x < 2 * Tile::kBlocks) {
-        barrier_init(sweeper.barrier(0, threadIdx.x));
-        barrier_expect(sweeper.barrier(0, threadIdx.x), Tile::kMessage);
-    }
+    const bool arms = threadIdx.x < 2 * Tile::kBlocks;
+    if (arms) barrier_init(sweeper.barrier(0, threadIdx.x));
+    __syncwarp();
+    if (arms) barrier_expect(sweeper.barrier(0, threadIdx.x), Tile::kMessage);
     Step step;
     step.begin(args, sweeper);
     sweeper.template load_weights<Step>(args.sweep.weight);

@@ -77,6 +77,19 @@ __device__ __forceinline__ void send(SharedAddress data, float4 value, SharedAdd
         : "memory");
 }
 
+// Sends the block's message to every block of the cluster, as its part of the vector there; by all of its threads.
+template <int quads, int threads, int most_blocks>
+__device__ __forceinline__ void broadcast(float4* vector, const float4* message, uint64_t* barrier) {
+    const int blocks = cluster_size(), rank = cluster_rank();
+#pragma unroll
+    for (int k = 0; k < (most_blocks * quads + threads - 1) / threads; k++) {
+        const int i = k * threads + threadIdx.x, quad = i % quads;
+        if (i >= blocks * quads) break;
+        const int peer = (i / quads + rank) & (blocks - 1);  // not all to the same one at once
+        send(remote_address(vector + rank * quads + quad, peer), message[quad], remote_address(barrier, peer));
+    }
+}
+
 // What this thread wrote to its shared memory will be seen by copies that are begun after the next __syncthreads.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

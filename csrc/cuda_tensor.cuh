@@ -19,6 +19,13 @@ __device__ __forceinline__ void multiply_bfloat16(float (&sum)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
 }
 
+// Two numbers, rounded, in a word.
+__device__ __forceinline__ uint32_t pack_bfloat16(float lower, float upper) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
+    return word;
+}
+
 #endif
 
 }  // namespace newllm

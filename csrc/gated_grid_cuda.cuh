@@ -5,8 +5,6 @@
 
 namespace newllm {
 
-constexpr int kGates = 3;
-
 struct GatedForwardGrid {
     using Sweep = GatedForward;
 

@@ -150,7 +150,7 @@ def sweep_limit(device: int, width: int = 1, **sizes: int) -> str | None:
     module = import_module("newllm._C")
     sizes |= {"width": width, "runs": 1, "device": device}
     if "hidden" in sizes:
-        plan = module.plan_gated_sweep(adjoint=True, **sizes)
+        plan = module.plan_gated_sweep(adjoint=True, bfloat16=False, **sizes)
     else:
         plan = module.plan_context_sweep(adjoint=True, bfloat16=False, **{"layers": 1, **sizes})
     reason: str | None = plan.reason

@@ -42,7 +42,8 @@ _SWEPT: dict[str, list[Sizes]] = {
     ],
     "gated": [
         {"batch": batch, "tokens": 4, "input": 5, "width": width, "hidden": hidden, "layers": deeper}
-        for batch, width, hidden, deeper in [(1, 32, 70, 1), (9, 100, 33, 0), (3, 129, 64, 3)]
+        for batch, width, hidden, deeper in
+        [(1, 32, 70, 1), (9, 100, 33, 0), (9, 768, 700, 0), (3, 129, 64, 3)]
     ],
 }  # fmt: skip
 SWEEPS = {
@@ -51,6 +52,7 @@ SWEEPS = {
         ("Context", "cluster", ("float32", "bfloat16")),
         ("Context", "tensor", ("bfloat16",)),
         ("Context", "grid", ("float32", "bfloat16")),
+        ("Gated", "cluster", ("bfloat16",)),
         ("Gated", "grid", ("float32", "bfloat16")),
     )
     for dtype in dtypes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from newllm import backend, ops
 from newllm.ops.context_fused import context_sweep
+from newllm.ops.native import planned
 from newllm.testing import CASES, Inputs, largest
 from tests.row_families import judge_recurrence
 
@@ -71,7 +72,7 @@ def test_every_length(tokens: int, batch: int, dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize(("batch", "width"), [(1, 32), (3, 129), (9, 768), (40, 257), (2, 1024)])
+@pytest.mark.parametrize(("batch", "width"), [(1, 32), (1, 768), (3, 129), (9, 768), (40, 257), (2, 1024)])
 def test_several_layers(batch: int, width: int, layers: int, dtype: torch.dtype) -> None:
     judge(dtype, batch=batch, tokens=5, width=width, layers=layers)
 
@@ -99,6 +100,29 @@ def test_the_gated_cell(
         return {**given, "params": given["params"]._replace(clamp=clamp)}
 
     judge_drawn(dtype, draw)
+
+
+@pytest.mark.parametrize(("hidden", "batch"), [(768, 1), (768, 9), (40, 9), (701, 30)])
+@pytest.mark.parametrize("width", [32, 47, 257, 512, 767, 768])
+def test_the_gated_cell_on_clusters(width: int, hidden: int, batch: int) -> None:
+    sizes = {"width": width, "hidden": hidden}
+    for kind in ("GatedForward", "GatedAdjoint"):
+        assert planned(kind, batch, 0, BF16, **sizes, deeper=0).kernel == "cluster"
+    given = {"batch": batch, "tokens": 5, "input": 16, "layers": 0, **sizes}
+    judge_drawn(BF16, lambda seed: CASE.inputs("gated", BF16, device="cuda", seed=seed, **given))
+
+
+@pytest.mark.parametrize("batch", [3, 9])
+def test_nan_stays_in_its_row_of_the_gated_cell(batch: int) -> None:
+    sizes = {"batch": batch, "tokens": 5, "input": 16, "layers": 0, "width": 700, "hidden": 768}
+    given = CASE.inputs("gated", BF16, device="cuda", **sizes)
+    clean, end, _ = fused(**given)
+    x = given["x"].clone()
+    x[2, 3, 7] = torch.nan
+    outputs, last, _ = fused(**{**given, "x": x})
+    assert outputs[2, 3:].isnan().all() and last[2].isnan().all()
+    outputs[2, 3:], clean[2, 3:], last[2], end[2] = 0, 0, 0, 0
+    assert torch.equal(outputs, clean) and torch.equal(last, end)
 
 
 def swept(given: Inputs, drive: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +209,8 @@ def test_gradients_of_block_are_those_of_the_recurrence() -> None:
 
 def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
     assert backend.sweep_limit(0, 60000) == "a row is wider than a block's shared memory holds"
-    given = inputs(batch=2, tokens=3, width=40) | {"method": "jacobi"}
+    sizes = {"batch": 2, "tokens": 3, "input": 16, "width": 40, "hidden": 30, "layers": 1}
+    given = CASE.inputs("gated", F32, device="cuda", **sizes) | {"method": "jacobi"}
     with pytest.raises(ValueError, match="it has the methods auto, sequential and block"):
         fused(**given)
     chosen, expected = ops.context_sweep(**given), ops.context_sweep(**given, backend="reference")

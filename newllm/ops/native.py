@@ -71,10 +71,8 @@ def planned(kind: str, rows: int, device: int, dtype: torch.dtype, **sizes: int)
     from newllm import _C
 
     sizes |= {"runs": rows, "device": device, "adjoint": kind.endswith("Adjoint")}
-    if kind.startswith("Gated"):
-        plan = _C.plan_gated_sweep(**sizes)
-    else:
-        plan = _C.plan_context_sweep(bfloat16=dtype == torch.bfloat16, **sizes)
+    planner = _C.plan_gated_sweep if kind.startswith("Gated") else _C.plan_context_sweep
+    plan = planner(bfloat16=dtype == torch.bfloat16, **sizes)
     if plan.reason is not None:
         raise RuntimeError(f"newllm._C cannot sweep width {sizes['width']} on cuda:{device}: {plan.reason}")
     return plan
