@@ -128,7 +128,8 @@ def _context_jacobi_backward_kernel(
                     gradient += tl.load(dlast + row // T * C + columns, mask=inside, other=0.0)
             gain_sum += gradient * normed
             shift_sum += gradient
-            weighted = gradient * weight
+            # Chosen, so that no product is fused into the differences below: of one column they are zero.
+            weighted = tl.where(inside, gradient * weight, 0.0)
             plain = tl.sum(weighted, 0) / C
             along = tl.sum(weighted * normed, 0) / C
             moved = tl.where(inside, (weighted - plain - normed * along) * rstd, 0.0)

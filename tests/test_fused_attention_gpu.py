@@ -56,7 +56,9 @@ def sized(tokens: int, reach: int, segment: int, **sizes: int) -> dict[str, int]
 def test_every_width(
     kind: str, changes: str, shape: tuple[int, int, int], key: int, value: int, dtype: torch.dtype
 ) -> None:
-    judge(CASES[kind](changes), dtype, "cuda", draws=GPU_DRAWS[dtype], **sized(*shape, key=key, value=value))
+    # One token's gate has few numbers, and in some draws none.
+    draws = GPU_DRAWS[dtype] * (3 if shape[0] == 1 else 1)
+    judge(CASES[kind](changes), dtype, "cuda", draws=draws, **sized(*shape, key=key, value=value))
 
 
 OPTIONS = [
