@@ -141,7 +141,6 @@ def test_eval_reads_on_all_processes_and_reports_on_the_first(model: Path, tmp_p
     one, two = (torch.tensor([row["score"] for row in rows]) for rows in found)
     assert_no_worse(two, torch.tensor([cell.perplexity for cell in cells], dtype=torch.float64), one)
     rounds = [json.loads(line)["tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
     # Seven rounds of about 32 tokens on each of the two.
     assert rounds == [60, 120, 184, 244, 308, 368, 432] and len(ids) == 432
     refused([*words, str(tmp_path)], tmp_path)
