@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.reliability PART`` runs what ``benchmarks/results/PART.jsonl`` lacks for this device,
 until ``--minutes`` are over, and appends a row for each part done. ``--part 3/60`` runs that one alone.
+``report`` fills the page's figures from these files.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PARTS = {
     "crashes": "tests.suite_parts:crashes",
     "input": "tests.suite_parts:hostile_input",
     "versions": "tests.suite_parts:versions",
+    "report": "benchmarks.reliability_report:report",
 }
 
 

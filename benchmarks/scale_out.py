@@ -1,8 +1,8 @@
 """One sequence over the GPUs of a host: strong scaling of a layer and of a training step, and its exactness.
 
 ``python benchmarks/scale_out.py --out DIR --processes 2`` writes ``DIR/scale_out.jsonl``, one row per
-measurement, by launching each of PARTS with torchrun under a time limit of its own: ``exact`` (bits and
-errors against one GPU), ``layer`` (forward and backward on one GPU and on all), ``step`` (a SmolLM2-135M
+measurement, by launching each of PARTS in so many processes with a time limit of its own: ``exact`` (bits
+and errors against one GPU), ``layer`` (forward and backward on one GPU and on all), ``step`` (a SmolLM2-135M
 shape: forward, loss, backward, AdamW), ``prefill`` (a prompt read by that model, and the states it leaves),
 ``forward`` (millions of tokens through a layer, the memory's error against float64),
 ``hop`` (a message to the neighbour), ``compiled`` (the step under torch.compile). A row on one GPU is timed
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from newllm import ops
-from newllm.backend import process, training_device
+from newllm.backend import training_device
 from newllm.distributed.line import Line, line_of
 from newllm.distributed.prefill import prefill
 from newllm.distributed.senri import parallelize
@@ -355,17 +355,44 @@ def measure(part: str, out: Path, seconds: float) -> None:
     dist.destroy_process_group()
 
 
-def launch(part: str, args: argparse.Namespace) -> None:
-    """One part in ``args.processes`` processes, ended when its time is up."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
-    own = [__file__, "--out", str(args.out), "--seconds", str(args.seconds), "--parts", part]
-    with subprocess.Popen([sys.executable, *torchrun, *own], start_new_session=True) as process:
-        try:
-            status = f"exit status {process.wait(PARTS[part] * args.patience)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = "stopped: out of time"
-    print(f"{part}: {status}", flush=True)
+def together(command: list[str], processes: int, seconds: float) -> str | None:
+    """``command`` as so many ranks; why it was stopped, None where all ended well.
+
+    Nothing is left of it then: when one rank fails, or the time is over, the others are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ends, ranks = time.monotonic() + seconds, []
+    try:
+        for rank in map(str, range(processes)):
+            ranks.append(
+                subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank})
+            )
+        while time.monotonic() < ends:
+            codes = [process.poll() for process in ranks]
+            failed = [f"rank {rank} ended with {code}" for rank, code in enumerate(codes) if code]
+            if failed:
+                return ", ".join(failed)
+            if None not in codes:
+                return None
+            time.sleep(0.05)
+        return f"out of time, {seconds:.0f} seconds"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def launch(part: str, args: argparse.Namespace) -> bool:
+    """One part in ``args.processes`` processes; whether it ended well."""
+    own = [sys.executable, __file__, "--out", str(args.out), "--seconds", str(args.seconds), "--parts", part]
+    began = time.monotonic()
+    stopped = together(own, args.processes, PARTS[part] * args.patience)
+    told = f"stopped: {stopped}" if stopped else "done"
+    print(f"{part}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
+    return stopped is None
 
 
 def main() -> None:
@@ -377,12 +404,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row")
     parser.add_argument("--patience", type=float, default=1.0, help="factor of the parts' time limits")
     args = parser.parse_args()
-    if process()[1] > 1:
+    if "RANK" in os.environ:
         measure(args.parts[0], args.out, args.seconds)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for part in args.parts:
-        launch(part, args)
+    failed = [part for part in args.parts if not launch(part, args)]
+    sys.exit(f"not done: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from newllm.distributed.line import Line
-from newllm.distributed.prefill import prefill
+from newllm.distributed.prefill import prefill, score
 from newllm.models.session import Session
 from tests.sequence_ranks import meeting
 from tests.tiny_models import random_tokens, tiny_senri
@@ -60,6 +60,16 @@ def bits_of(line: Line | None) -> dict[str, Tensor]:
     return _told(session)
 
 
+def losses_of(dtype: torch.dtype, line: Line | None) -> Tensor:
+    """The losses of a text behind another, read by one process or by all ranks of ``line``."""
+    torch.manual_seed(3)
+    session, ids = Session(tiny_senri().to(dtype), chunk=16), random_tokens(1, 130)[0]
+    parts = ids[:93], ids[93:]
+    if line is None:
+        return torch.cat([session.score(part) for part in parts])
+    return torch.cat([losses for part in parts for losses in score(session, part, mesh=line)])
+
+
 class TokenLinear(nn.Module):
     """A linear map without a matrix product, whose sums may depend on how many rows there are."""
 
@@ -92,6 +102,7 @@ def every_stream(rank: int, size: int, folder: str) -> None:
     with meeting(rank, size, folder) as line:
         found: dict[str, Any] = {name: stream_of(name, torch.float32, line) for name in STREAMS}
         found["bits"], found["reports"] = bits_of(line), []
+        found["losses"] = losses_of(torch.float32, line)
         session = Session(tiny_senri(), chunk=16)
         prefill(session, torch.ones(101, dtype=torch.int64), mesh=line, progress=found["reports"].append)
         for ids in (torch.ones(40 + rank, dtype=torch.int64), torch.full((40,), 1 + rank)):

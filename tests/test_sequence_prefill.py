@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from newllm.data.tokenizer import encode
 from newllm.distributed.prefill import prefill
+from newllm.evaluation.perplexity import perplexity_by_position
+from newllm.models import SenriForCausalLM
 from newllm.models.session import Session
 from newllm.testing import assert_no_worse
 from tests import prefill_ranks as ranks, processes
@@ -30,6 +35,15 @@ def test_the_stream_after_a_prompt_is_that_of_one_process(name: str, found: list
     for part in found:
         for key, value in part[name].items():
             assert_no_worse(value, oracle[key], baseline[key], key)
+
+
+def test_losses_over_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    """Of rounds, of what is read by all, and across the borders between both; a stream's first has none."""
+    oracle, baseline = ranks.losses_of(torch.float64, None), ranks.losses_of(torch.float32, None)
+    for part in found:
+        assert part["losses"].isnan().tolist() == [True] + [False] * 129
+        assert_no_worse(part["losses"][1:], oracle[1:], baseline[1:])
+        assert torch.equal(part["losses"][1:], found[0]["losses"][1:])
 
 
 def test_all_ranks_go_on_from_the_same_state(found: list[dict[str, Any]]) -> None:
@@ -95,7 +109,38 @@ def test_generate_reads_on_all_processes_and_writes_on_the_first(model: Path, tm
         assert (log.count("153 tokens read at"), log.count("5 written at")) == (1, 1)
         said.append((folder / "said").read_bytes())
     assert said[0] == said[1] != b""
-    wrong = processes.command([*words, "--sequence-ranks", "2"], 1, tmp_path)
+    refused(words, tmp_path)
+
+
+def refused(words: list[str], folder: Path) -> None:
+    """Two ranks asked of one process are refused in a sentence."""
+    wrong = processes.command([*words, "--sequence-ranks", "2"], 1, folder)
     assert processes.exit_codes(wrong) == [2]
     told = "sequence_ranks must be the number of processes, 1, got 2: torchrun --nproc-per-node 2 -m newllm"
-    assert told in (tmp_path / "log").read_text()
+    assert told in (folder / "log").read_text()
+
+
+def test_eval_reads_on_all_processes_and_reports_on_the_first(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a stream " * 12)
+    words = ["eval", "perplexity", str(model), "--text", str(text), "--chunk", "32", "--out"]
+    found = []
+    for size, more in ((1, []), (2, ["--sequence-ranks", "2"])):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        processes.succeeded(processes.command([*words, str(folder), *more], size, folder), folder)
+        assert (folder / "said").read_text().count("tokens/s") == 1
+        results = json.loads((folder / "results.json").read_text())
+        found.append([*results["bins"], results["total"]])
+    exact = Session(SenriForCausalLM.from_pretrained(model).double())
+    ids = encode(AutoTokenizer.from_pretrained(model), text.read_text())
+    report = perplexity_by_position(exact, ids, progress=False)
+    cells = [*report.bins, report.total]
+    for rows in found:
+        assert [(row["start"], row["length"], row["samples"]) for row in rows] == [cell[:3] for cell in cells]
+    one, two = (torch.tensor([row["score"] for row in rows]) for rows in found)
+    assert_no_worse(two, torch.tensor([cell.perplexity for cell in cells], dtype=torch.float64), one)
+    rounds = [json.loads(line)["tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # Seven rounds of about 32 tokens on each of the two.
+    assert rounds == [60, 120, 184, 244, 308, 368, 432] and len(ids) == 432
+    refused([*words, str(tmp_path)], tmp_path)

@@ -40,6 +40,7 @@ class PerplexityOptions:
         chunk: tokens of one pass.
         max_tokens: tokens of the text to read (null: all).
         memory: off leaves the window alone.
+        sequence_ranks: processes of torchrun that read the text together, in slices; the first reports.
     """
 
     model: str
@@ -50,6 +51,7 @@ class PerplexityOptions:
     chunk: int = 1024
     max_tokens: int | None = None
     memory: bool = True
+    sequence_ranks: int = 1
 
 
 @dataclass
@@ -95,7 +97,9 @@ def run_perplexity(options: PerplexityOptions) -> None:
     """Measure, draw, write and print."""
     from rich.console import Console
 
+    from newllm.backend import process
     from newllm.cli.loading import load
+    from newllm.cli.ranks import check_ranks, line_over, rank_device
     from newllm.data.text import load_text
     from newllm.data.tokenizer import encode
     from newllm.evaluation.control import remove_memories
@@ -106,18 +110,29 @@ def run_perplexity(options: PerplexityOptions) -> None:
 
     if options.max_tokens is not None and options.max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {options.max_tokens}")
+    check_ranks(options.sequence_ranks)
     text = load_text(options.text)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    device = rank_device(options.device, options.sequence_ranks)
+    model, tokenizer = load(options.model, dtype=options.dtype, device=device)
     if not options.memory:
         remove_memories(model)
     session = Session(model, tokenizer, chunk=options.chunk)
     ids = encode(tokenizer, text.text)
     _check_length(ids, text, _window(model))
-    record = Run(_folder(options.out, "perplexity", options.model), _config(options, text), seed=0)
+    first = process()[0] == 0
+    folder = _folder(options.out, "perplexity", options.model)
+    record = Run(folder, _config(options, text), seed=0, writes=first)
     head = commit()
-    report = perplexity_by_position(
-        session, ids[: options.max_tokens], on_chunk=lambda chunk: record.log(**chunk._asdict())
-    )
+    with line_over(options.sequence_ranks, model.device) as line:
+        report = perplexity_by_position(
+            session,
+            ids[: options.max_tokens],
+            progress=first,
+            on_chunk=lambda chunk: record.log(**chunk._asdict()),
+            mesh=line,
+        )
+    if not first:
+        return
     shared = {"suite": "perplexity", "model": options.model, "text": text.name, "memory": options.memory}
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Commands that share one long prompt over the processes of torchrun."""
+"""Commands that share one long text over the processes of torchrun."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def feed_over_ranks(session: Session, ids: Tensor) -> bool:
     ):
         prefill(session, ids, mesh=line, progress=bar.update)
     return line.first
+
+
+@contextmanager
+def line_over(ranks: int, device: torch.device) -> Iterator[Line | None]:
+    """The line of ``ranks`` processes as :func:`meeting` makes it; None of one process."""
+    if ranks == 1:
+        yield None
+    else:
+        with meeting(device) as line:
+            yield line
 
 
 @contextmanager

@@ -71,7 +71,8 @@ class Line(NamedTuple):
 
     def from_last(self, tensor: Tensor) -> Tensor:
         """The last rank's ``tensor``, on all ranks, each of which gives one like it."""
-        tensor = tensor.contiguous()
+        # What is received is written over what was given: over a copy.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         if self.size > 1:
             with self._answering("the last rank's state", [self.size - 1]):
                 dist.broadcast(tensor, group=self.group(), group_src=self.size - 1)

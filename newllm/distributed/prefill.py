@@ -1,8 +1,8 @@
-"""A long prompt over ranks: they read slices of it together, and all end with the whole stream's state."""
+"""A long text over ranks: they read slices of it together, and all end with the whole stream's state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -62,6 +62,23 @@ def prefill(
     feed(ids[:, borders[-1] :])
 
 
+def score(session: Session, text: Input, *, mesh: Mesh) -> Iterator[Tensor]:
+    """``session.score(text)`` with the work shared as in :func:`prefill`: losses ``[N]``, round by round.
+
+    Every rank gets those of all tokens. Raises as ``prefill`` and ``session.score``.
+    """
+    line = mesh if isinstance(mesh, Line) else line_of(mesh)
+    checks.require(
+        session.batch_size == 1, "session", f"one of batch_size {session.batch_size}", "of one row"
+    )
+    ids = _checked(session, text, line)
+    lead, borders = _plan(session, ids.shape[1], line.size)
+    yield session.score(ids[:, :lead])
+    for first, end in pairwise(borders):
+        yield _round_losses(session, ids[:, first:end].to(session.model.device), line)
+    yield session.score(ids[:, borders[-1] :])
+
+
 def _checked(session: Session, text: Input, line: Line) -> Tensor:
     """The text as ids ``[B, T]``, the same on all ranks."""
     model = session.model
@@ -108,9 +125,27 @@ def _plan(session: Session, tokens: int, ranks: int) -> tuple[int, list[int]]:
     return lead, [lead + part * segments // rounds * segment for part in range(rounds + 1)]
 
 
+def _round_losses(session: Session, ids: Tensor, line: Line) -> Tensor:
+    """Read ``ids [1, T]`` as :func:`_round`; the loss of each token ``[T]``, NaN for a stream's first."""
+    before = session.snapshot().hidden
+    start, hidden = _round(session, ids, line)
+    # What each of this rank's tokens is followed by, in this round.
+    targets = ids[0, start + 1 : start + 1 + hidden.shape[1]]
+    mine = session.losses(hidden[0, : len(targets)], targets)
+    losses = mine.new_zeros(ids.shape[1])
+    losses[start + 1 : start + 1 + len(mine)] = mine
+    # Each token's loss is told by one rank; the others say zero, the least it can be.
+    losses = line.largest(losses)
+    losses[:1] = torch.nan if before is None else session.losses(before, ids[0, :1])
+    return losses
+
+
 @torch.no_grad()
-def _round(session: Session, ids: Tensor, line: Line) -> None:
-    """Read ``ids [B, T]``, which begin at a border of segments, in slices."""
+def _round(session: Session, ids: Tensor, line: Line) -> tuple[int, Tensor]:
+    """Read ``ids [B, T]``, which begin at a border of segments, in slices.
+
+    Returns where this rank's slice begins and the hidden states after its tokens.
+    """
     model, before = session.model, session.snapshot()
     window, segment = model.config.sliding_window, model.config.segment
     first, end = slice_bounds(ids.shape[1], line.size, segment=segment, window=window)[line.rank]
@@ -123,3 +158,4 @@ def _round(session: Session, ids: Tensor, line: Line) -> None:
     hidden = line.from_last(out.last_hidden_state[:, -1])
     recent = torch.cat([before.recent, ids], 1)[:, -before.recent.shape[1] :]
     session.restore(Snapshot(states, hidden, before.pending, recent))
+    return first, out.last_hidden_state

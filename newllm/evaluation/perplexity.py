@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from tqdm import tqdm
 from newllm.evaluation.intervals import mean95
 from newllm.evaluation.process import resident_bytes
 from newllm.models.session import Session
+
+if TYPE_CHECKING:
+    from newllm.distributed.sequence_parallel import Mesh
 
 # Bins smaller than this tell too little.
 _LEAST_BIN = 16
@@ -85,6 +88,7 @@ def perplexity_by_position(
     bins: Sequence[int] | None = None,
     progress: bool = True,
     on_chunk: Callable[[Chunk], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> PerplexityReport:
     """Stream ``ids [N]`` (int64) through ``session``, ``session.chunk`` tokens at a time.
 
@@ -95,6 +99,8 @@ def perplexity_by_position(
         session: of one row; what it has read already comes before ``ids``.
         bins: rising borders between bins of positions in the stream (None: ``log_borders``).
         on_chunk: called after each chunk.
+        mesh: ranks that share the reading, about ``session.chunk`` tokens of a chunk each; they all call
+            this and all get the report (see :func:`newllm.distributed.prefill.prefill`).
 
     Raises:
         ValueError: for fewer than two tokens, or borders that do not rise from 1 on.
@@ -109,9 +115,9 @@ def perplexity_by_position(
     sums = torch.zeros(3, len(borders) + 1, dtype=torch.float64)
     chunks, position, began = [], start, time.monotonic()
     with tqdm(total=len(ids), unit="tok", unit_scale=True, disable=not progress) as bar:
-        for part in ids.split(session.chunk):
-            losses = session.score(part).double().cpu()
-            position += len(losses)
+        for found in _scores(session, ids, mesh):
+            losses = found.double().cpu()
+            read, position = len(losses), position + len(losses)
             # The stream's first token has no loss.
             losses = losses[1:] if position == len(losses) else losses
             _add(sums, losses, position - len(losses), borders)
@@ -125,13 +131,22 @@ def perplexity_by_position(
             chunks.append(chunk)
             if on_chunk is not None:
                 on_chunk(chunk)
-            bar.update(len(part))
+            bar.update(read)
             so_far = float((sums[1].sum() / sums[0].sum()).exp())
             bar.set_postfix_str(f"perplexity {so_far:.2f}, {chunk.resident_bytes / 2**20:,.0f} MiB resident")
     edges = [start, *(min(max(border, start), position) for border in borders), position]
     cells = [_bin(*ends, column) for ends, column in zip(pairwise(edges), sums.T, strict=True)]
     filled = tuple(cell for cell in cells if cell.tokens)
     return PerplexityReport(window, filled, _bin(start, position, sums.sum(1)), tuple(chunks))
+
+
+def _scores(session: Session, ids: Tensor, mesh: Mesh | None) -> Iterator[Tensor]:
+    """The losses of ``ids``, chunk by chunk."""
+    if mesh is None:
+        return map(session.score, ids.split(session.chunk))
+    from newllm.distributed.prefill import score
+
+    return filter(len, score(session, ids, mesh=mesh))
 
 
 def _add(sums: Tensor, losses: Tensor, position: int, borders: list[int]) -> None:

@@ -114,10 +114,15 @@ class Session:
                 predicting, targets = hidden[0, :-1], ids[0, 1:]
             else:
                 predicting, targets = torch.cat([before, hidden[0, :-1]]), ids[0]
-            parts = zip(predicting.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
-            for part, target in parts:
-                losses.append(F.cross_entropy(self._streams.logits(part), target, reduction="none"))
+            losses.append(self.losses(predicting, targets))
         return torch.cat(losses)
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods ``[T]`` in nats of ``targets [T]``, each after its ``hidden [T, H]``."""
+        parts = zip(hidden.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
+        return torch.cat(
+            [F.cross_entropy(self._streams.logits(part), ids, reduction="none") for part, ids in parts]
+        )
 
     def generate(
         self,
