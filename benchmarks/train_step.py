@@ -157,6 +157,10 @@ def prepare(
     torch.set_num_threads(threads)
     ids = torch.randint(sizes["vocab_size"], (1, tokens), device=device)
     model = make_model(name, sizes, window).to(device)
+    layers = attention_layers(name, sizes, tokens, window, device)
+    for _, call in layers:
+        # Kernels of our own are compiled when they first run: better now, beside the others.
+        call()
     step = training_step(model, ids, checkpointing, compiling(wait) if compiled else None)
     if not compiled:
         wait()
@@ -178,7 +182,6 @@ def prepare(
         torch.cuda.empty_cache()
         return found
 
-    layers = attention_layers(name, sizes, tokens, window, device)
     torch.cuda.empty_cache()
     return {"gib": gib}, {"step": lambda: turn((1, step)), "attention": lambda: turn(*layers)}
 
@@ -224,10 +227,10 @@ def measure(args: argparse.Namespace, write: Callable[[list[dict[str, Any]]], No
         print(f"{tokens:>7,} tokens  turns begin after {now - began:.0f} s", flush=True)
         workers = waiting.pop(tokens)
         rows += length_rows(tokens, workers, args, shared, until)
-        for worker in workers.values():
-            worker.end()
         write(rows)
         show(rows[-len(workers) :])
+        for worker in workers.values():
+            worker.end()
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -292,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=lengths, help=f"lengths ({lengths})")
     parser.add_argument("--window", type=int, default=window, help="tokens, also of a segment")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for the turns at one length")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns at one length")
     parser.add_argument("--limit", type=float, default=450.0, help="seconds for all; what is late has failed")
     parser.add_argument("--checkpointing-from", type=int, default=65_536, help="recompute from here on")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import train_step
+from newllm.measuring.workers import Worker
 from newllm.testing import assert_rounding, largest
 
 
@@ -33,10 +34,34 @@ def test_full_attention_is_the_models_own() -> None:
 ARGUMENTS = ["train_step", "--tokens", "32", "--seconds", "0.1", "--commit", "abc", "--out"]
 
 
+class Here:
+    """Stands for a worker, in this process."""
+
+    error = None
+
+    def __init__(self, prepare: Any, *arguments: Any) -> None:
+        self.made = prepare(lambda: None, *arguments)
+
+    def waits(self) -> bool:
+        return True
+
+    def prepared(self, until: float) -> Any:
+        return self.made[0]
+
+    def call(self, name: str, until: float) -> Any:
+        return self.made[1][name]()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("worker", [Here, pytest.param(Worker, marks=pytest.mark.slow)])
 def test_rows_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    worker: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(train_step, "Worker", worker)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(sys, "argv", [*ARGUMENTS, str(out)])
     train_step.main()
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -14,7 +14,7 @@ from newllm.measuring.entries import Attempt
 Wait = Callable[[], None]
 Prepare = Callable[..., tuple[Any, Mapping[str, Callable[[], Any]]]]
 # Seconds for a process to end by itself.
-_PATIENCE = 5.0
+_PATIENCE = 2.0
 
 
 class Worker:
