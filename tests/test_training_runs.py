@@ -250,6 +250,16 @@ def test_row_64_half_precision(tmp_path: Path) -> None:
         trainer(tmp_path / "fsdp", replace(CONFIG, fsdp=True))
 
 
+def test_logs_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("newllm.training.arguments.installed", lambda name: False)
+    with pytest.raises(
+        RuntimeError, match="report_to tensorboard needs the package tensorboard: pip install"
+    ):
+        trainer(tmp_path, replace(CONFIG, report_to=["tensorboard"]))
+    with pytest.raises(ValueError, match=r"must be some of tensorboard, trackio, wandb, got 'paper'"):
+        trainer(tmp_path, replace(CONFIG, report_to=["paper"]))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_learns_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
