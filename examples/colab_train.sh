@@ -72,6 +72,7 @@ fi
 
 nohup "${command[@]}" >"$log" 2>&1 </dev/null &
 pid=$!
+echo $pid >"${log%.log}.pid"
 sleep 10
 tail -n 30 "$log"
 echo

@@ -70,6 +70,7 @@ class reading:
 def one_line(error: BaseException) -> str:
     """What ``error`` says, on one line and not too long."""
     said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    said = f"it lacks {said}" if isinstance(error, KeyError) else said
     return " ".join(said[: 2 * _LONGEST].split())[:_LONGEST]
 
 

@@ -6,20 +6,31 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from newllm import Session, __version__, cli
 from newllm.cli import HELP, main
 from newllm.data.text import load_text
 from newllm.data.tokenizer import byte_tokenizer
+from newllm.models import (
+    BaselineConfig,
+    BaselineForCausalLM,
+    ContextKVConfig,
+    ContextKVForCausalLM,
+    ContextLMConfig,
+    ContextLMForCausalLM,
+)
 from newllm.models.files import load_senri, load_tokenizer, save_model
 from newllm.models.sampling import Sampling
 from newllm.models.turns import Turn, following, opening
-from tests.tiny_models import tiny_base, tiny_senri
+from tests.tiny_models import BASES, tiny_base, tiny_senri
 
 Captured = pytest.CaptureFixture[str]
 TEMPLATE = (
@@ -33,6 +44,11 @@ def tokenizer(template: str | None = None) -> Any:
     made = byte_tokenizer()
     made.chat_template = template
     return made
+
+
+def made(model: Any, config: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return model(config(vocab_size=264, **options)).eval()
 
 
 @pytest.fixture
@@ -359,11 +375,26 @@ def test_generate_refuses(base: str, senri: str, capsys: Captured, tmp_path: Pat
 # chat
 
 
-@pytest.fixture(params=["senri", "llama"])
+# One model of each family, with the 264 tokens of the byte tokenizer.
+TALKERS: dict[str, Callable[[], Any]] = {
+    "senri": lambda: tiny_senri(vocab_size=264),
+    **{
+        f"context_lm, {cell}": partial(made, ContextLMForCausalLM, ContextLMConfig, cell=cell)
+        for cell in ("gated", "simple", "context")
+    },
+    "context_kv": partial(
+        made, ContextKVForCausalLM, ContextKVConfig, context_dims=[6, 4], num_attention_heads=2
+    ),
+    "newllm_baseline": partial(made, BaselineForCausalLM, BaselineConfig, max_position_embeddings=256),
+    "gpt2": partial(made, GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=2, n_head=2),
+    **{family: partial(tiny_base, family, vocab_size=264) for family in BASES},
+}
+
+
+@pytest.fixture(params=TALKERS)
 def talker(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A model of each kind: with a state of constant size, and with a cache that grows."""
-    made = tiny_senri(vocab_size=264) if request.param == "senri" else tiny_base("smollm", vocab_size=264)
-    save_model(made, tokenizer(), tmp_path / "talker")
+    """A model of each family: with a state of constant size, or with a cache that grows."""
+    save_model(TALKERS[request.param](), tokenizer(), tmp_path / "talker")
     return str(tmp_path / "talker")
 
 

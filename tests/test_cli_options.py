@@ -75,6 +75,16 @@ def test_flags_have_dashes_and_dots_and_their_own_types() -> None:
     assert parsed("--window-size=16", "--out=y", "x").window_size == 16
 
 
+def test_switch_of_a_file_can_be_taken_back(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("out: y\nfast: true\n")
+    for words, fast in {"": True, "--fast": True, "--fast false": False, "--fast=false": False}.items():
+        assert parsed("--config", str(file), *words.split(), "x").fast is fast
+    assert parsed("--fast", "false", "--out", "y", "--fast", "x") == Options("x", fast=True, out="y")
+    with pytest.raises(ValueError, match="fast must be true or false, got maybe"):
+        parsed("--fast=maybe", "--out", "y", "x")
+
+
 def test_file_gives_options_and_later_flags_win(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("out: y\nwindow_size: 16\nfast: true\ninner:\n  rate: 5e-3\n")
@@ -106,7 +116,7 @@ def test_help_says_what_the_docstring_says(capsys: pytest.CaptureFixture[str]) -
         "--out OUT where to, 100% of it (required",
         "--window-size WINDOW_SIZE keys that a query sees (type: int, default: 8)",
         "which of them (",
-        "--fast not slow (default: False)",
+        "--fast [true|false] not slow (type: bool, default: False)",
         "--inner.rate RATE how fast (type: float, default: 0.5)",
         "--inner.steps STEPS how many (type: int, default: 3)",
     ):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from newllm.data import vocabularies
+from newllm.data import token_cache, vocabularies
 from newllm.data.documents import numbered
 from newllm.data.token_cache import cached_tokens
 from newllm.data.tokenizer import byte_tokenizer
@@ -113,6 +113,18 @@ def test_damaged_cache_is_named(tmp_path: Path) -> None:
         ValueError, match=f"the token cache {file.parent} cannot be read: tokens.npy is damaged: delete it"
     ):
         cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
+    (file.parent / "about.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{file.parent} cannot be read: it lacks 'files': delete it"):
+        cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
+
+
+def test_cache_of_another_layout_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
+    monkeypatch.setattr(token_cache, "_LAYOUT", "another")
+    for about in (tmp_path / "tokens").glob("*/about.json"):
+        about.write_text("{}")
+    found = cached_tokens(TEXT, byte_tokenizer(), cache_dir=tmp_path)
+    assert np.array_equal(found.ids, expected.ids)
 
 
 def _worker(folder: str) -> tuple[int, int]:

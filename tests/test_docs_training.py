@@ -12,6 +12,8 @@ import pytest
 from newllm import cli
 from newllm.cli import Command, chat, data, train
 from newllm.cli.options import parse
+from newllm.data.vocabularies import KINDS
+from newllm.hub import hub_id
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = re.findall(
@@ -47,3 +49,5 @@ def test_shown_commands_are_commands(line: str) -> None:
         found.options, [word for word in rest if word != "--print_config"], name=" ".join(words[:2])
     )
     assert options is not None and replace(options) == options
+    named = getattr(options, "tokenizer", None) or "bytes"
+    assert named.partition(":")[0] in ("bytes", *KINDS) or hub_id(named)

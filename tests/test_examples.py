@@ -12,12 +12,16 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from newllm.cli.options import _options, parse
 from newllm.cli.train import SenriOptions
 from newllm.data.sources import SOURCES
+from newllm.data.tokenizer import byte_tokenizer
+from newllm.models.files import save_model
+from tests.tiny_models import tiny_base
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHARED = EXAMPLES / "colab_train.sh"
@@ -107,6 +111,7 @@ time.sleep(120)
     assert done.returncode == 0, done.stderr
     assert "training" in done.stdout and "monitor: tail -f train-dolly.log" in done.stdout
     pid = int(re.findall(r"stop: +kill (\d+) ", done.stdout)[0])
+    assert (tmp_path / "train-dolly.pid").read_text() == f"{pid}\n"
     assert re.findall(r"kill\S* .*", SHARED.read_text()) == [
         'kill $pid        (saves a checkpoint; the same line again goes on from it)"'
     ]
@@ -142,3 +147,55 @@ def test_notebook_runs_existing_scripts_and_is_not_indented() -> None:
     assert [line for cell in cells for line in cell.splitlines() if line.startswith(" ")] == []
     named = " ".join(cell["source"] for cell in notebook["cells"])
     assert [name for name in SOURCES if name not in named] == []
+
+
+# In place of what a notebook's machine has: the address of the repository, its clone, an installation.
+STAND_INS = {
+    "curl": 'url=${{@: -1}}; exec cat "{root}/examples/${{url##*/}}"',
+    "git": 'test "$1" = clone && ln -s "{root}" "${{@: -1}}"',
+    "newllm": 'exec {python} -m newllm "$@"',
+    "python3": 'if [[ $2 == pip ]]; then exit; fi; exec {python} "$@" {options}',
+}
+
+
+def test_notebook_runs_from_cell_to_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, on rows and a base model of this machine: the last cells find what the first one made."""
+    save_model(tiny_base("llama", vocab_size=264), byte_tokenizer(), tmp_path / "base")
+    small = {
+        "base": tmp_path / "base", "source.mirror": EXAMPLES.parent / "tests" / "hub_fixtures",
+        "convert.window": 16, "convert.segment": 8, "convert.memory-layers": "[1]", "stream.length": 32,
+        "train.steps": 3, "train.warmup-steps": 1, "train.fp16": "false", "train.checkpointing": "false",
+        "train.eval-steps": 1,
+    }  # fmt: skip
+    words = {"root": EXAMPLES.parent, "python": sys.executable}
+    words["options"] = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in small.items())
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script.format(**words)}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    seen: list[object] = []
+    looks = SimpleNamespace(
+        Image=lambda name: Path(name).read_bytes(), Markdown=lambda filename: Path(filename).read_text(),
+        display=seen.append,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=looks))
+    monkeypatch.setitem(sys.modules, "IPython.display", looks)
+    told = []
+    for cell in json.loads((EXAMPLES / "colab_train.ipynb").read_text())["cells"]:
+        source = cell["source"].removeprefix("%%bash\n")
+        if cell["cell_type"] == "code" and source.startswith(("!", "curl")):
+            done = bash("-c", source.removeprefix("!"), cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            told.append(done.stdout)
+        elif cell["cell_type"] == "code":
+            exec(source, {})
+    started, watched, answer = told
+    assert "monitor: tail -f train-wikitext-2.log" in started
+    assert "the model is in runs/wikitext-2/best (best)" in watched
+    summary, picture = seen
+    assert "Salesforce/wikitext" in str(summary) and bytes(picture[:4]) == b"\x89PNG"  # type: ignore[index]
+    assert answer.strip()

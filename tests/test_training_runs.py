@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -118,6 +119,10 @@ def test_row_65_curves_and_summary(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in loss.lines] == [20, 1]
     assert loss.get_yscale() == perplexity.get_yscale() == "linear"
     assert perplexity.lines[1].get_ydata()[0] == pytest.approx(math.exp(4.5))
+    # A run too short for its log has empty panels, and no warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves([])
     wild = curves([{"step": s, "loss": 9.0 if s == 1 else 1.0} for s in range(1, 101)])
     assert wild.axes[1].get_ylim()[1] == pytest.approx(1.5 * math.e)
     page = summary(log, model={"type": "senri"}, data={"read": "austen", "stand_in": None}, facts={"seed": 3})
@@ -243,6 +248,16 @@ def test_row_64_half_precision(tmp_path: Path) -> None:
         trainer(tmp_path / "fp16", replace(CONFIG, fp16=True))
     with pytest.raises(ValueError, match=r"train\.fsdp needs a GPU"):
         trainer(tmp_path / "fsdp", replace(CONFIG, fsdp=True))
+
+
+def test_logs_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("newllm.training.arguments.installed", lambda name: False)
+    with pytest.raises(
+        RuntimeError, match="report_to tensorboard needs the package tensorboard: pip install"
+    ):
+        trainer(tmp_path, replace(CONFIG, report_to=["tensorboard"]))
+    with pytest.raises(ValueError, match=r"must be some of tensorboard, trackio, wandb, got 'paper'"):
+        trainer(tmp_path, replace(CONFIG, report_to=["paper"]))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

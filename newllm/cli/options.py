@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -44,8 +44,9 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
     """The dataclass ``kind`` that ``words`` ask for; None when they asked for help, which is now printed.
 
     A field without a default is an argument given by its place or, when it is ``kw_only``, a flag that must
-    be given; all others are flags, False ones bare switches. Fields that are dataclasses are groups:
-    ``--group.field``. Help comes from the ``Args:`` section of the docstring.
+    be given; all others are flags. Those that are False are switches, which mean true without a value.
+    Fields that are dataclasses are groups: ``--group.field``. Help comes from the ``Args:`` section of the
+    docstring.
 
     Raises ``ValueError`` for what is unknown (naming what is nearest), missing or of the wrong type.
     """
@@ -62,7 +63,7 @@ def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
     for option in options:
         _add(parser, option)
     _check_flags(words, options, name)
-    words = _with_config_files(words, name)
+    words = _with_values(_with_config_files(words, name), options)
     files = [file for word, file in pairwise(words) if word == "--config"]
     for file in files:
         _check_keys(Path(file), [option.key for option in options])
@@ -122,7 +123,7 @@ def _add(parser: Any, option: Option) -> None:
     elif option.default is MISSING:
         parser.add_argument(option.flag, type=option.type, required=True, help=help)
     elif option.default is False:
-        parser.add_argument(option.flag, action="store_true", help=help)
+        parser.add_argument(option.flag, type=bool, default=False, metavar="[true|false]", help=help)
     else:
         parser.add_argument(option.flag, type=option.type, default=option.default, help=help)
 
@@ -151,6 +152,15 @@ def _with_config_files(words: list[str], command: str) -> list[str]:
         if word == "--config" and not Path(name).suffix and not Path(name).is_file():
             found[place] = str(preset_path(name, command))
     return found
+
+
+def _with_values(words: list[str], options: list[Option]) -> list[str]:
+    """``words`` with a value for each switch: a preset's true can be taken back by ``--switch false``."""
+    switches = {option.flag for option in options if option.default is False}
+    return [
+        f"{word}=true" if word in switches and following not in ("true", "false") else word
+        for word, following in zip_longest(words, words[1:])
+    ]
 
 
 def _check_keys(path: Path, known: list[str]) -> None:

@@ -119,7 +119,7 @@ def _column(path: Path, title: str, line: str, column: str) -> str:
         row = json.loads(line)
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         has = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} lacks the column {column!r} with a text; it has {ascii(has)[1:200]}")
+        raise ValueError(f"{where} lacks the column {column!r} with a text; it has {ascii(has)[1:-1][:200]}")
     check_unicode(row[column], where)
     return str(row[column])
 

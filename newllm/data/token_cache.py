@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 64
 _FILES = ("tokens.npy", "borders.npy", "about.json")
+# Part of a cache's name: one of another layout is not found, rather than found and not understood.
+_LAYOUT = "ids and borders with their hashes"
 
 
 class Tokens(NamedTuple):
@@ -65,7 +67,8 @@ def cached_tokens(
     from filelock import FileLock
 
     end = tokenizer.eos_token_id if end_of_text else None
-    key = hashlib.sha256(f"{fingerprint(tokenizer)}\n{text.sha256}\n{end}".encode()).hexdigest()[:40]
+    parts = (_LAYOUT, fingerprint(tokenizer), text.sha256, end)
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
     root = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / "tokens"
     root.mkdir(parents=True, exist_ok=True)
     folder = root / key

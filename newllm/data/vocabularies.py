@@ -100,7 +100,8 @@ def _of_folder(name: str) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         if hub_id(name) is None:
             raise FileNotFoundError(
-                f"tokenizer must be {BYTES_NAME}, {', '.join(KINDS)}, a folder or a hub id, got {name!r}"
+                f"tokenizer must be {BYTES_NAME}, {', '.join(KINDS)}, a folder or a hub id (owner/name), "
+                f"got {name!r}"
             )
         folder = model_folder(name)
     with reading("the tokenizer", name):

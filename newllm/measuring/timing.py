@@ -76,7 +76,7 @@ class Clock:
                 break
             for name, call in calls.items():
                 taken[name].append(self.once(call))
-        return {name: _summary(samples) for name, samples in taken.items()}
+        return {name: summary(samples) for name, samples in taken.items()}
 
     def extra_gib(self, call: Call) -> float | None:
         """Peak device memory of ``call`` beyond what was allocated before it; None on a CPU."""
@@ -90,7 +90,8 @@ class Clock:
         return float(torch.cuda.max_memory_allocated(self.device) - before) / 2**30
 
 
-def _summary(samples: list[tuple[float, float]]) -> Timed:
+def summary(samples: list[tuple[float, float]]) -> Timed:
+    """What :meth:`Clock.once` told, put together."""
     times = [ms for ms, _ in samples]
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
     host = statistics.median(host for _, host in samples)

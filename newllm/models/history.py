@@ -19,13 +19,14 @@ from newllm.models.session_input import token_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024
+_CHUNK, _TOKEN_BYTES = 1024, 8
 
 
 class HistorySession:
     """One stream of a model, read and continued call after call; what ``Session`` is for Senri.
 
-    Everything read stays in the model's cache, so the stream ends where the model's positions do.
+    Everything read stays in the model's cache, so the stream ends where the model's positions do. A model
+    without such a cache reads everything again for each token.
 
     Args:
         model: a causal language model.
@@ -55,9 +56,9 @@ class HistorySession:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the cache, which grows with what is read."""
+        """Bytes of the cache, which grows with what is read; of the tokens for a model that fills none."""
         kept = (x for layer in self._cache.layers for x in (layer.keys, layer.values))
-        return sum(x.nbytes for x in kept if x is not None)
+        return sum(x.nbytes for x in kept if x is not None) or _TOKEN_BYTES * len(self._ids)
 
     def feed(self, text: str | Tensor) -> None:
         """Read ``text``: a string or token ids ``[T]``.
@@ -129,9 +130,13 @@ class HistorySession:
 
     @torch.no_grad()
     def _read(self, ids: list[int]) -> None:
-        self._check_length(len(self._ids) + len(ids))
-        for part in torch.tensor([ids], device=self.model.device).split(_CHUNK, 1):
+        whole = torch.tensor([[*self._ids, *ids]], device=self.model.device)
+        self._check_length(whole.shape[1])
+        for part in whole[:, len(self._ids) :].split(_CHUNK, 1):
             out = self.model(input_ids=part, past_key_values=self._cache, use_cache=True)
-            self._logits = out.logits[:, -1].float()
+        if self._cache.get_seq_length() != whole.shape[1]:
+            # It keeps no keys and values: it reads everything again.
+            out = self.model(input_ids=whole, use_cache=False)
+        self._logits = out.logits[:, -1].float()
         self._ids += ids
         self._pending = -1

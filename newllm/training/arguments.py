@@ -7,8 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from newllm.backend import installed
 from newllm.runs import Run
 from newllm.training.config import TrainConfig
+
+# Further logs; the packages are called the same.
+REPORTERS = ("tensorboard", "trackio", "wandb")
 
 
 def training_arguments(
@@ -17,12 +21,18 @@ def training_arguments(
     """The settings of transformers' Trainer that ``config`` stands for.
 
     Raises:
-        ValueError: for fp16 or fsdp on a CPU.
+        ValueError: for fp16 or fsdp on a CPU, or a log of no known name.
+        RuntimeError: for a log whose package is not installed.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     for name in ("fp16", "fsdp"):
         if on_cpu and getattr(config, name):
             raise ValueError(f"train.{name} needs a GPU")
+    for name in config.report_to:
+        if name not in REPORTERS:
+            raise ValueError(f"train.report_to must be some of {', '.join(REPORTERS)}, got {name!r}")
+        if not installed(name):
+            raise RuntimeError(f"train.report_to {name} needs the package {name}: pip install {name}")
     sharding: dict[str, Any] = {}
     if config.fsdp:
         blocks = list(getattr(model, "_no_split_modules", None) or [])

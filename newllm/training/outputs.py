@@ -41,7 +41,8 @@ def curves(rows: Rows) -> Figure:
         axes.set_ylabel(name)
         axes.set_ylim(0, upper_limit(drawn))
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    if panels[0].lines:
+        panels[0].legend()
     panels[1].set_xlabel("step")
     return figure
 
