@@ -240,8 +240,9 @@ struct GatedMember {
         __syncthreads();
         const auto message = at<float4>(Layout::outbox);
         const auto to = reinterpret_cast<float4*>(vector(which));
-        if (which == kHiddenVector) broadcast<kRows * Tile::kPlain, kGatedThreads, kMostGatedBlocks>(to, message, barrier(which));
-        else broadcast<kRows * Tile::kSummed, kGatedThreads, kMostGatedBlocks>(to, message, barrier(which));
+        constexpr int threads = kGatedThreads, most = kMostGatedBlocks;
+        if (which == kHiddenVector) broadcast<kRows * Tile::kPlain, threads, most>(to, message, barrier(which));
+        else broadcast<kRows * Tile::kSummed, threads, most>(to, message, barrier(which));
     }
 
     __device__ __forceinline__ void expect(int which) const {
