@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from newllm.distributed.line import Line
 from newllm.distributed.prefill import prefill, score
+from newllm.evaluation.control import zero_memories
+from newllm.evaluation.forced import last_logits
 from newllm.models.session import Session
 from tests.sequence_ranks import meeting
 from tests.tiny_models import random_tokens, tiny_senri
@@ -70,6 +72,16 @@ def losses_of(dtype: torch.dtype, line: Line | None) -> Tensor:
     return torch.cat([losses for part in parts for losses in score(session, part, mesh=line)])
 
 
+def answers_of(dtype: torch.dtype, line: Line | None) -> list[Tensor]:
+    """The logits of the last tokens of prompts, as they are read and behind emptied memories."""
+    torch.manual_seed(3)
+    model, ids = tiny_senri().to(dtype), random_tokens(ROWS, 101)
+    return [
+        last_logits(model, ids, keep=4, chunk=16, before_answer=change, mesh=line)
+        for change in (None, zero_memories)
+    ]
+
+
 class TokenLinear(nn.Module):
     """A linear map without a matrix product, whose sums may depend on how many rows there are."""
 
@@ -102,7 +114,7 @@ def every_stream(rank: int, size: int, folder: str) -> None:
     with meeting(rank, size, folder) as line:
         found: dict[str, Any] = {name: stream_of(name, torch.float32, line) for name in STREAMS}
         found["bits"], found["reports"] = bits_of(line), []
-        found["losses"] = losses_of(torch.float32, line)
+        found["losses"], found["answers"] = losses_of(torch.float32, line), answers_of(torch.float32, line)
         session = Session(tiny_senri(), chunk=16)
         prefill(session, torch.ones(101, dtype=torch.int64), mesh=line, progress=found["reports"].append)
         for ids in (torch.ones(40 + rank, dtype=torch.int64), torch.full((40,), 1 + rank)):

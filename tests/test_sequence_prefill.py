@@ -46,6 +46,14 @@ def test_losses_over_ranks_are_those_of_one_process(found: list[dict[str, Any]])
         assert torch.equal(part["losses"][1:], found[0]["losses"][1:])
 
 
+def test_answers_behind_prompts_over_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    """Also where the memories are emptied before the answer."""
+    oracle, baseline = ranks.answers_of(torch.float64, None), ranks.answers_of(torch.float32, None)
+    for part in found:
+        for out, exact, one in zip(part["answers"], oracle, baseline, strict=True):
+            assert_no_worse(out, exact, one)
+
+
 def test_all_ranks_go_on_from_the_same_state(found: list[dict[str, Any]]) -> None:
     for name in (*STREAMS, "bits"):
         for key, value in found[0][name].items():
@@ -144,3 +152,13 @@ def test_eval_reads_on_all_processes_and_reports_on_the_first(model: Path, tmp_p
     # Seven rounds of about 32 tokens on each of the two.
     assert rounds == [60, 120, 184, 244, 308, 368, 432] and len(ids) == 432
     refused([*words, str(tmp_path)], tmp_path)
+
+
+def test_passkeys_are_asked_by_all_processes_and_reported_by_the_first(model: Path, tmp_path: Path) -> None:
+    """With memories and without."""
+    words = ["eval", "passkey", str(model), "--lengths", "[150]", "--depths", "[0.5]", "--samples", "3"]
+    more = ["--control", "--batch-tokens", "64", "--sequence-ranks", "2", "--out", str(tmp_path / "out")]
+    processes.succeeded(processes.command([*words, *more], 2, tmp_path), tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["memory"], row["samples"]) for row in results["rows"]] == [(True, 3), (False, 3)]
+    assert (tmp_path / "said").read_text().count("exact recall") == 1

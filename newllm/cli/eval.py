@@ -75,6 +75,7 @@ class PasskeyOptions:
         control: measure the same model without its memories too.
         batch_tokens: tokens of one pass.
         seed: seed of the prompts.
+        sequence_ranks: processes of torchrun that read each prompt together, in slices; the first reports.
     """
 
     model: str
@@ -91,6 +92,7 @@ class PasskeyOptions:
     control: bool = False
     batch_tokens: int = 32768
     seed: int = 0
+    sequence_ranks: int = 1
 
 
 def run_perplexity(options: PerplexityOptions) -> None:
@@ -160,15 +162,19 @@ def run_passkey(options: PasskeyOptions) -> None:
     """Measure, draw, write and print."""
     from rich.console import Console
 
+    from newllm.backend import process
     from newllm.cli.loading import load
+    from newllm.cli.ranks import check_ranks, line_over, rank_device
     from newllm.data.text import load_text
     from newllm.evaluation.control import remove_memories
     from newllm.evaluation.passkey import passkey_recall
     from newllm.evaluation.plots import recall_figure
     from newllm.runs import Run, commit
 
+    check_ranks(options.sequence_ranks)
     text = load_text(options.text)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    device = rank_device(options.device, options.sequence_ranks)
+    model, tokenizer = load(options.model, dtype=options.dtype, device=device)
     window = _window(model)
     task = _task(tokenizer, text.text, options.key_length)
     _check_length(task.filler, text, window)
@@ -176,30 +182,36 @@ def run_passkey(options: PasskeyOptions) -> None:
     reach = model.config.num_hidden_layers * window if options.beyond_windows else 0
     for length in lengths:
         task.last_start(length, reach)
-    record = Run(_folder(options.out, "passkey", options.model), _config(options, text), seed=options.seed)
-    head = commit()
+    first, head = process()[0] == 0, commit()
+    folder = _folder(options.out, "passkey", options.model)
+    record = Run(folder, _config(options, text), seed=options.seed, writes=first)
     rows: list[dict[str, Any]] = []
     recall: dict[str, list[Cell]] = {}
-    for name in ("memory", "window_only") if options.control else ("memory",):
-        if name == "window_only":
-            remove_memories(model)
-        shared = {"suite": "passkey", "model": options.model, "memory": name == "memory", "reach": reach}
+    with line_over(options.sequence_ranks, model.device) as line:
+        for name in ("memory", "window_only") if options.control else ("memory",):
+            if name == "window_only":
+                remove_memories(model)
+            shared = {"suite": "passkey", "model": options.model, "memory": name == "memory", "reach": reach}
 
-        def keep(cell: Cell, shared: dict[str, Any] = shared) -> None:
-            rows.append({**shared, **cell._asdict(), "seed": options.seed, "commit": head})
-            record.log(**rows[-1])
+            def keep(cell: Cell, shared: dict[str, Any] = shared) -> None:
+                rows.append({**shared, **cell._asdict(), "seed": options.seed, "commit": head})
+                record.log(**rows[-1])
 
-        recall[name] = passkey_recall(
-            model,
-            task,
-            lengths=lengths,
-            depths=options.depths,
-            samples=options.samples,
-            reach=reach,
-            seed=options.seed,
-            batch_tokens=options.batch_tokens,
-            on_cell=keep,
-        )
+            recall[name] = passkey_recall(
+                model,
+                task,
+                lengths=lengths,
+                depths=options.depths,
+                samples=options.samples,
+                reach=reach,
+                seed=options.seed,
+                batch_tokens=options.batch_tokens,
+                progress=first,
+                mesh=line,
+                on_cell=keep,
+            )
+    if not first:
+        return
     results = {"window": window, "recall": _by_multiple(recall, window), "rows": rows}
     path = record.result("results.json", results)
     picture = record.plot("recall.png", recall_figure(results))

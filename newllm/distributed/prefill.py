@@ -16,7 +16,7 @@ from newllm.models.senri.modeling import SenriForCausalLM
 from newllm.models.session import Session
 from newllm.models.session_input import Input, token_rows
 from newllm.models.streams import Snapshot
-from newllm.modules.cache import InfiniCacheLayer
+from newllm.modules.cache import InfiniCacheLayer, cache_layer
 from newllm.ops import checks
 
 
@@ -125,6 +125,14 @@ def _plan(session: Session, tokens: int, ranks: int) -> tuple[int, list[int]]:
     return lead, [lead + part * segments // rounds * segment for part in range(rounds + 1)]
 
 
+def cache_of(snapshot: Snapshot) -> Cache:
+    """A cache with which a Senri model goes on from ``snapshot``, whose tensors it may change."""
+    layers = [InfiniCacheLayer(counted=False) for _ in snapshot.states]
+    for layer, state in zip(layers, snapshot.states, strict=True):
+        layer.state = state  # type: ignore[assignment] # of a Senri model
+    return Cache(layers=layers)
+
+
 def _round_losses(session: Session, ids: Tensor, line: Line) -> Tensor:
     """Read ``ids [1, T]`` as :func:`_round`; the loss of each token ``[T]``, NaN for a stream's first."""
     before = session.snapshot().hidden
@@ -149,12 +157,11 @@ def _round(session: Session, ids: Tensor, line: Line) -> tuple[int, Tensor]:
     model, before = session.model, session.snapshot()
     window, segment = model.config.sliding_window, model.config.segment
     first, end = slice_bounds(ids.shape[1], line.size, segment=segment, window=window)[line.rank]
-    layers = [InfiniCacheLayer(counted=False) for _ in before.states]
-    for layer, state in zip(layers, before.states, strict=True):
-        layer.state = state  # type: ignore[assignment] # of a Senri model
+    cache = cache_of(before)
     with sliced(model, line, first):
-        out = model.model(ids[:, first:end], past_key_values=Cache(layers=layers), use_cache=True)
-    states = tuple(layer.state.map(line.from_last) for layer in layers if layer.state is not None)
+        out = model.model(ids[:, first:end], past_key_values=cache, use_cache=True)
+    found = (cache_layer(cache, layer, InfiniCacheLayer).state for layer in range(len(before.states)))
+    states = tuple(state.map(line.from_last) for state in found if state is not None)
     hidden = line.from_last(out.last_hidden_state[:, -1])
     recent = torch.cat([before.recent, ids], 1)[:, -before.recent.shape[1] :]
     session.restore(Snapshot(states, hidden, before.pending, recent))

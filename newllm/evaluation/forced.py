@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from newllm.distributed.sequence_parallel import Mesh
 
 
 @torch.inference_mode()
@@ -20,17 +24,22 @@ def last_logits(
     chunk: int,
     before_answer: Callable[[Cache], object] | None = None,
     on_tokens: Callable[[int], object] = lambda tokens: None,
+    mesh: Mesh | None = None,
 ) -> Tensor:
     """The logits ``[B, keep, vocabulary]`` after the last ``keep`` tokens of ``ids [B, T]``.
 
     At most ``max(chunk, keep)`` tokens of a row are read at once, through the model's cache;
     ``on_tokens`` hears of each piece. ``before_answer`` may change the cache before those last tokens are
-    read.
+    read. Ranks of a ``mesh`` share what comes before those, see :func:`newllm.distributed.prefill.prefill`.
     """
-    answer = 0 if before_answer is None else keep
-    pieces = _pieces(ids.shape[1] - answer, max(chunk, keep)) + [answer] * (answer > 0)
-    # Without a cache nothing need be kept of prompts that one pass reads.
-    cache = DynamicCache(config=model.config) if len(pieces) > 1 else None
+    if mesh is None:
+        answer = 0 if before_answer is None else keep
+        pieces = _pieces(ids.shape[1] - answer, max(chunk, keep)) + [answer] * (answer > 0)
+        # Without a cache nothing need be kept of prompts that one pass reads.
+        cache: Cache | None = DynamicCache(config=model.config) if len(pieces) > 1 else None
+    else:
+        cache = _read_together(model, ids[:, :-keep], chunk, on_tokens, mesh)
+        ids, pieces = ids[:, -keep:], [keep]
     for number, part in enumerate(ids.split(pieces, 1)):
         if before_answer is not None and cache is not None and number == len(pieces) - 1:
             before_answer(cache)
@@ -40,6 +49,18 @@ def last_logits(
         on_tokens(part.numel())
     logits: Tensor = out.logits
     return logits
+
+
+def _read_together(
+    model: Any, ids: Tensor, chunk: int, on_tokens: Callable[[int], object], mesh: Mesh
+) -> Cache:
+    """The cache after ``ids [B, T]``, read in slices by the ranks of ``mesh``."""
+    from newllm.distributed.prefill import cache_of, prefill
+    from newllm.models.session import Session
+
+    session = Session(model, batch_size=len(ids), chunk=chunk)
+    prefill(session, ids, mesh=mesh, progress=lambda tokens: on_tokens(tokens * len(ids)))
+    return cache_of(session.snapshot())
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,9 @@ from newllm.evaluation.forced import evaluating, last_logits
 from newllm.evaluation.intervals import wilson95
 from newllm.models.senri import SenriForCausalLM
 from newllm.models.session import Session
+
+if TYPE_CHECKING:
+    from newllm.distributed.sequence_parallel import Mesh
 
 
 class Cell(NamedTuple):
@@ -42,6 +45,7 @@ def passkey_recall(
     batch_tokens: int = 32768,
     progress: bool = True,
     on_cell: Callable[[Cell], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[Cell]:
     """Exact-match recall in every cell of ``lengths`` (tokens) x ``depths`` (0 to 1).
 
@@ -57,6 +61,8 @@ def passkey_recall(
         reach: tokens before the question that the key keeps out of (layers * window: all that stacked
             windows can see).
         on_cell: called with each cell as soon as it is measured.
+        mesh: ranks that share the reading of each prompt of a Senri model; they all call this and all get
+            the same cells (see :func:`newllm.distributed.prefill.prefill`).
 
     Raises:
         ValueError: for a length too short for the task, a depth outside [0, 1], ``samples`` below 1, or
@@ -72,7 +78,7 @@ def passkey_recall(
                 right = 0
                 rows = max(1, batch_tokens // (length + task.key_length - 1))
                 for prompts in _prompts(task, length, depth, samples, rows, reach, seed):
-                    right += _count_right(model, prompts, batch_tokens // len(prompts.answers), bar)
+                    right += _count_right(model, prompts, batch_tokens // len(prompts.answers), bar, mesh)
                 cells.append(Cell(length, depth, samples, right / samples, wilson95(right, samples)))
                 if on_cell is not None:
                     on_cell(cells[-1])
@@ -106,10 +112,12 @@ def _prompts(
         yield PasskeyBatch(ids, answers, starts, task.needle_length)
 
 
-def _count_right(model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar: tqdm) -> int:
+def _count_right(
+    model: PreTrainedModel, prompts: PasskeyBatch, chunk: int, bar: tqdm, mesh: Mesh | None
+) -> int:
     answers = prompts.answers.to(model.device)
     keep = answers.shape[1]
-    logits = last_logits(model, prompts.input_ids, keep=keep, chunk=chunk, on_tokens=bar.update)
+    logits = last_logits(model, prompts.input_ids, keep=keep, chunk=chunk, on_tokens=bar.update, mesh=mesh)
     return int((logits.argmax(-1) == answers).all(1).sum())
 
 
