@@ -3,10 +3,11 @@
 ``python benchmarks/scaling.py [--rows FILE] [--page FILE]`` replaces what stands between the page's two
 marks. For slices of n tokens on P ranks the forward and backward pass of L layers takes
 
-    seconds = L (a n + b + halo / bandwidth) + (P - 1) hop + max(0, (P - 1) hop - a n / 2)
+    seconds = L (a n + b + c + halo / bandwidth) + (P - 1) hop + max(0, (P - 1) hop - a n / 2)
     hop = chain n + latency + message / bandwidth
 
-a and b are fitted to the rows of one GPU, latency and bandwidth to those of a single hop. ``chain`` is what a
+a and b are fitted to the rows of one GPU, latency and bandwidth to those of a single hop, and c is what the
+layers of several GPUs took beyond all the rest (median). ``chain`` is what a
 token costs in the fold from rank to rank: its share of a segment's K (V + 1) sums, read and written once at
 the memory's bandwidth. Hops are the only term that grows with the ranks. They are paid once, not in each
 layer, since ranks run askew, and backwards they hide behind the window's gradients.
@@ -39,7 +40,9 @@ Row = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """A layer's seconds ``per_token`` and ``fixed``, a hop's ``latency``; ``bandwidth`` in bytes a second."""
+    """A layer's seconds ``per_token``, ``fixed``, and, where it is sliced, ``more``; a hop's ``latency``;
+    ``bandwidth`` in bytes a second.
+    """
 
     per_token: float
     fixed: float
@@ -48,6 +51,7 @@ class Model(NamedTuple):
     sent: int
     state: int
     segment: int
+    more: float = 0.0
 
     def seconds(self, tokens: int, ranks: int, layers: int = 1) -> float:
         """Forward and backward of some layers over ``tokens`` in even slices."""
@@ -60,7 +64,9 @@ class Model(NamedTuple):
         hop = chain + self.latency + self.state / self.bandwidth
         halo = (self.sent - 2 * self.state) / self.bandwidth
         way = (ranks - 1) * hop
-        return layers * (work + halo) + way + max(0.0, way - WINDOW_GRADIENTS * self.per_token * own)
+        return (
+            layers * (work + self.more + halo) + way + max(0.0, way - WINDOW_GRADIENTS * self.per_token * own)
+        )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -82,10 +88,12 @@ def fit(rows: Iterable[Row], shape: str) -> Model | None:
     per_byte, latency = np.polyfit([row["bytes"] for row in hops], [row["ms"] / 1e3 for row in hops], 1)
     row = sliced[0]
     state = row["kv_heads"] * row["width"] * (row["width"] + 1) * 4
-    return Model(
+    model = Model(
         float(per_token), max(0.0, float(fixed)), max(0.0, float(latency)), 1 / max(float(per_byte), 1e-15),
         row["sent"], state, row["window"],
     )  # fmt: skip
+    more = [each["ms"] / 1e3 - model.seconds(each["tokens"], each["gpus"]) for each in sliced]
+    return model._replace(more=max(0.0, float(np.median(more))))
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
@@ -155,7 +163,8 @@ def predicted(rows: list[Row]) -> list[str]:
         head = "tokens", "GPUs", "ms of a layer, fwd+bwd", "times one GPU", "efficiency"
         lines += table((*head, f"{LAYERS} layers, times one GPU", "efficiency"), cells)
         lines += [
-            f"Fitted: {1e9 * model.per_token:.3f} ns a token and {1e3 * model.fixed:.3f} ms; a hop "
+            f"Fitted: {1e9 * model.per_token:.3f} ns a token and {1e3 * model.fixed:.3f} ms, of a slice "
+            f"{1e3 * model.more:.3f} ms more; a hop "
             f"{1e6 * model.latency:.1f} us and {model.bandwidth / 1e9:.1f} GB/s; "
             f"{model.sent:,} bytes sent by a rank in both passes.", "",
         ]  # fmt: skip

@@ -45,6 +45,9 @@ def layer_figure(rows: list[Row]) -> Figure:
 def _panel(axes: Any, rows: list[Row], title: str) -> None:
     from matplotlib.ticker import LogLocator
 
+    if not rows:
+        axes.set_axis_off()
+        return
     times = [row.ms or 0.0 for row in rows]
     places = range(len(rows))
     axes.barh(places, times, color=[_color(row) for row in rows], height=0.7)

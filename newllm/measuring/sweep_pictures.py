@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from newllm.measuring.entries import OURS
 from newllm.measuring.rows import Row
-from newllm.measuring.shapes import CONVERGENCE
+from newllm.measuring.shapes import CONVERGENCE, JACOBI
 from newllm.measuring.work import FORWARD
 
 if TYPE_CHECKING:
@@ -21,16 +21,19 @@ _DETAIL = re.compile(r"(\d+) sweeps, rho ([\d.]+)")
 
 
 def sweep_figure(rows: list[Row]) -> Figure:
-    """Three panels; times are of the forward direction, in microseconds a step."""
+    """Two panels of times, in microseconds a step forwards, and one of sweeps where they were counted."""
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if row.ms is not None and row.direction == FORWARD]
-    steps = [row for row in timed if row.shape != CONVERGENCE and "32K" not in row.shape]
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes: Any = figure.subplots(1, 3)
+    steps = [row for row in timed if row.shape not in (CONVERGENCE, JACOBI) and "32K" not in row.shape]
+    counted = [row for row in timed if row.shape == CONVERGENCE]
+    panels = 3 if counted else 2
+    figure = Figure(figsize=(5 * panels, 4.5), layout="constrained")
+    axes: Any = figure.subplots(1, panels)
     _steps(axes[0], [row for row in steps if row.batch == 1], lambda row: row.width, "d, one row")
     _steps(axes[1], [row for row in steps if row.width == 768], lambda row: row.batch, "rows, d = 768")
-    _sweeps(axes[2], [row for row in timed if row.shape == CONVERGENCE])
+    if counted:
+        _sweeps(axes[2], counted)
     first = timed[0]
     figure.suptitle(f"Context sweeps on {first.device}, {first.dtype}", fontsize="medium")
     return figure
