@@ -186,7 +186,7 @@ def forgetting(tokens: int, batch: int = 1) -> Inputs:
     return {**given, "params": params}
 
 
-@pytest.mark.parametrize("tokens", [4096, 4099])
+@pytest.mark.parametrize("tokens", [8192, 8195])
 @pytest.mark.parametrize("method", ["block", "auto"])
 def test_block_is_sequential_to_within_its_certificate(tokens: int, method: str) -> None:
     given = forgetting(tokens)

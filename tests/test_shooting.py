@@ -97,3 +97,23 @@ def test_what_does_not_fade_ends_in_one_run(backwards: bool) -> None:
     assert not outcome.block and outcome.residual == 0
     assert torch.equal(sweep.outputs, sweep.exact())
     assert torch.equal(leaving, sweep.outputs[:, 0 if backwards else -1])
+
+
+def test_auto_estimates_nothing_where_that_would_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(tokens: int) -> bool:
+        def sweep(runs: Runs, entering: Tensor) -> Tensor:
+            asked.append(runs)
+            return entering
+
+        asked: list[Runs] = []
+        shooting.carry(sweep, torch.zeros(1, 4), tokens, "auto", 1e-5, None, True)
+        return asked[0].parts > 1
+
+    assert choose(4096)
+    monkeypatch.setitem(shooting.LEAST_TOKENS, "cpu", 8192)
+    assert not choose(4096) and choose(8192)
+
+
+def test_a_gpu_gets_as_many_parts_as_its_clusters_take() -> None:
+    assert shooting.parts_of(1, 32768, torch.device("cuda"), 150, shooting.LEAST_GAIN) == 28
+    assert shooting.parts_of(20, 32768, torch.device("cuda"), 150, shooting.LEAST_GAIN) == 1

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's blue, vermilion and green for newllm's methods, greys for all the rest.
 _METHODS = {"sequential": "#0072B2", "block": "#D55E00", "auto": "#009E73"}
-_GREYS = ("#4D4D4D", "#8C8C8C", "#B3B3B3", "#C9C9C9", "#DDDDDD")
+_GREYS = {
+    "eager loop": "#4D4D4D",
+    "hoisted loop": "#8C8C8C",
+    "compiled hoisted loop": "#A6A6A6",
+    "LSTM": "#BFBFBF",
+    "GRU": "#D4D4D4",
+}
 _DETAIL = re.compile(r"(\d+) sweeps, rho ([\d.]+)")
 
 
@@ -28,7 +34,7 @@ def sweep_figure(rows: list[Row]) -> Figure:
     steps = [row for row in timed if row.shape not in (CONVERGENCE, JACOBI) and "32K" not in row.shape]
     counted = [row for row in timed if row.shape == CONVERGENCE]
     panels = 3 if counted else 2
-    figure = Figure(figsize=(5 * panels, 4.5), layout="constrained")
+    figure = Figure(figsize=(5 * panels, 5.5), layout="constrained")
     axes: Any = figure.subplots(1, panels)
     _steps(axes[0], [row for row in steps if row.batch == 1], lambda row: row.width, "d, one row")
     _steps(axes[1], [row for row in steps if row.width == 768], lambda row: row.batch, "rows, d = 768")
@@ -40,18 +46,17 @@ def sweep_figure(rows: list[Row]) -> Figure:
 
 
 def _steps(axes: Any, rows: list[Row], size: Callable[[Row], int], title: str) -> None:
-    greys = iter(_GREYS)
     for impl, variant in dict.fromkeys((row.impl, row.variant) for row in rows):
         chosen = sorted((row for row in rows if (row.impl, row.variant) == (impl, variant)), key=size)
         name = f"newllm {impl}, {variant}" if impl in OURS else impl
-        color = _METHODS[variant] if impl == "fused" else next(greys)
+        color = _METHODS[variant] if impl == "fused" else _GREYS.get(impl, "#DDDDDD")
         times = [1e3 * (row.ms or 0) / row.tokens for row in chosen]
         axes.plot([*map(size, chosen)], times, marker="o", color=color, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(title)
     axes.set_title("us a step (logarithmic)", loc="left")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -20,8 +20,11 @@ from newllm.reference.context import NotContracting
 Sweep = Callable[[Runs, Tensor], Tensor]
 
 # The most rows that a device sweeps side by side, and what each costs beyond the first, in steps of one row.
-ROWS = {"cpu": 8, "cuda": 112}
-SHARE = {"cpu": 0.5, "cuda": 0.075}
+# A GPU's are those of seven clusters: tensor cores take more, but round contexts: borders would never agree.
+ROWS = {"cpu": 8, "cuda": 28}
+SHARE = {"cpu": 0.5, "cuda": 0.045}
+# Tokens from which auto estimates rho: on a GPU that takes as long as some 500 steps.
+LEAST_TOKENS = {"cpu": 0, "cuda": 8192}
 # The block method has to promise so many times the speed of a single run: an estimate of rho that is too low
 # costs some of it.
 LEAST_GAIN = 1.4
@@ -59,6 +62,8 @@ def carry(
     """
     batch, device = len(entering), entering.device
     least = {"auto": LEAST_GAIN, "block": 0.0}.get(method, math.inf)
+    if method == "auto" and tokens < LEAST_TOKENS[device.type]:
+        least = math.inf
     if parts_of(batch, tokens, device, WARM_UP, least) == 1:
         return _once(sweep, Runs(1, tokens), entering), Outcome(method == "block", 1, 0.0, math.nan)
     rho = contraction(sweep, entering, tokens)
