@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from newllm.reference.features import feature_map, feature_width
-from newllm.reference.layout import compaction, pad_tokens, ring_append, ring_history, ring_start, take
+from newllm.reference.layout import (
+    behind_ring,
+    compaction,
+    newest,
+    pad_tokens,
+    past_slots,
+    ring_start,
+    ring_with,
+    take,
+)
 from newllm.reference.memory import Segments, empty_memory, read, scan, state_dtype, write_segments
 from newllm.reference.window import Rope, compact_rope, local_attention
 from newllm.types import FeatureMap, GateKind, InfiniState, MemoryState, Rule
@@ -138,9 +147,14 @@ def streamed(
         position = torch.full((k.shape[0],), k.shape[2], device=k.device)
         return out, InfiniState(matrix, norm, ring_start(k, ring), ring_start(v, ring), position)
     start = state or empty_state(k, v, ring=ring, memory=False)
-    tokens = torch.full_like(start.position, k.shape[2]) if length is None else length
-    new_keys = ring_append(start.keys, k, start.position, tokens)
-    new_values = ring_append(start.values, v, start.position, tokens)
+    tokens = k.shape[2] if length is None else length
+    source = newest(start.position, tokens, ring)
+    rings = (start.keys, k), (start.values, v)
+    if length is None and k.shape[2] >= ring:
+        # Every slot is new: on a GPU each step less is a launch less.
+        new_keys, new_values = (take(new, source) for _, new in rings)
+    else:
+        new_keys, new_values = (ring_with(old, new, source) for old, new in rings)
     return out, InfiniState(matrix, norm, new_keys, new_values, start.position + tokens)
 
 
@@ -155,14 +169,8 @@ def _with_history(k: Tensor, v: Tensor, state: InfiniState | None, ring: int) ->
     """Keys and values behind the ``ring - 1`` tokens before them, all that a window can reach."""
     if state is None:
         return k, v
-    past_k = ring_history(state.keys, state.position, ring - 1)
-    past_v = ring_history(state.values, state.position, ring - 1)
-    return _joined(past_k, k), _joined(past_v, v)
-
-
-def _joined(past: Tensor, new: Tensor) -> Tensor:
-    """``new [B, H, T, D]`` behind ``past``, token by token as projections leave it: one plain copy."""
-    return torch.cat([x.transpose(1, 2).contiguous() for x in (past, new)], 1).transpose(1, 2)
+    slots = past_slots(state.position, ring - 1, ring)
+    return behind_ring(state.keys, k, slots), behind_ring(state.values, v, slots)
 
 
 def touched_segments(tokens: int, segment: int, streaming: bool) -> int:

@@ -26,10 +26,28 @@ def compaction(padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, rank, padding_mask.sum(1)
 
 
+def past_slots(position: Tensor, count: int, size: int) -> Tensor:
+    """Where a ring of ``size`` slots keeps the last ``count`` tokens, ``[B, count]``, oldest first."""
+    return (position[:, None] + torch.arange(-count, 0, device=position.device)) % size
+
+
+def newest(position: Tensor, length: Tensor | int, size: int) -> Tensor:
+    """Which of a row's ``length [B]`` new tokens is the latest in each slot, ``[B, R]``; negative: none."""
+    slot = torch.arange(size, device=position.device)
+    last = position + (length - 1)
+    return (last - position)[:, None] - (last[:, None] - slot) % size
+
+
 def ring_history(ring: Tensor, position: Tensor, count: int) -> Tensor:
     """The last ``count`` tokens ``[B, H, count, D]`` of ``ring [B, H, R, D]``, oldest first."""
-    back = torch.arange(-count, 0, device=ring.device)
-    return take(ring, (position[:, None] + back) % ring.shape[2])
+    return take(ring, past_slots(position, count, ring.shape[2]))
+
+
+def behind_ring(ring: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """``new [B, H, T, D]`` behind ``slots [B, N]`` of the ring, token by token as projections leave it."""
+    tokens, heads, width = slots.shape[1], ring.shape[1], ring.shape[3]
+    past = ring.transpose(1, 2).gather(1, slots[:, :, None, None].expand(-1, tokens, heads, width))
+    return torch.cat([past, new.transpose(1, 2).contiguous()], 1).transpose(1, 2)
 
 
 def ring_append(ring: Tensor, new: Tensor, position: Tensor, length: Tensor) -> Tensor:
@@ -37,10 +55,11 @@ def ring_append(ring: Tensor, new: Tensor, position: Tensor, length: Tensor) -> 
 
     Slot r holds the latest token n with ``n % R == r``; slots that no token has reached keep zeros.
     """
-    size = ring.shape[2]
-    slot = torch.arange(size, device=ring.device)
-    last = (position + length - 1)[:, None]
-    source = last - (last - slot) % size - position[:, None]
+    return ring_with(ring, new, newest(position, length, ring.shape[2]))
+
+
+def ring_with(ring: Tensor, new: Tensor, source: Tensor) -> Tensor:
+    """The ring with token ``source [B, R]`` of ``new`` in each slot, or, where that is negative, its own."""
     fresh = take(new, source.clamp(0, new.shape[2] - 1))
     return torch.where((source >= 0)[:, None, :, None], fresh, ring)
 
