@@ -228,13 +228,18 @@ def test_messages_travel_while_the_window_is_computed(tmp_path: Path) -> None:
 def test_kernels_go_on_behind_earlier_keys(
     rule: str, window: int, segment: int, fused_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slice behind another's keys and memory: the bits of one call, and the reference's gradients."""
+    """A slice behind another's keys and memory: the bits of one call, and the reference's gradients.
+
+    The window need not be a multiple of the segment.
+    """
     if fused_device == "cpu":
         patch_once(monkeypatch)
     q, k, v = (torch.randn(1, heads, 96, 8, device=fused_device) for heads in (2, 1, 1))
     beta = torch.tensor([-1.0, 1.0], device=fused_device)
     options: dict[str, Any] = {"mesh": ALONE, "window": window, "segment": segment, "rule": rule}
-    angles = torch.arange(96.0 + window, device=fused_device)[:, None] * torch.tensor(2 * [1, 0.1, 0.01, 0.001])
+    angles = torch.arange(96.0 + window, device=fused_device)[:, None] * torch.tensor(
+        2 * [1, 0.1, 0.01, 0.001]
+    )
     rope = angles.cos(), angles.sin()
     whole, state = sequence_attention(q, k, v, beta, rope=rope, backend="fused", **options)
     first, after_first = ([x[..., part, :] for x in rope] for part in (slice(32 + window), slice(32, None)))
@@ -246,7 +251,9 @@ def test_kernels_go_on_behind_earlier_keys(
         parts = [x[:, :, 32:].clone().requires_grad_() for x in (q, k, v)]
         out, after = sequence_attention(*parts, beta, state=before, backend=backend, **options)
         found[backend] = [out, after.matrix, *torch.autograd.grad(out.sum(), parts)]
-    assert torch.equal(found["fused"][0], whole[:, :, 32:])
+    if window % segment == 0:
+        # Tiles of keys lie alike.
+        assert torch.equal(found["fused"][0], whole[:, :, 32:])
     assert state.matrix is not None
     assert torch.equal(found["fused"][1], state.matrix)
     for out, expected in zip(found["fused"], found["reference"], strict=True):

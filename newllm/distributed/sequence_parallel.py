@@ -178,9 +178,7 @@ def _stream_after(
         return ring_start(k, ring, begin), ring_start(v, ring, begin), position
     position = state.position + begin
     new = torch.full_like(position, tokens)
-    keys, values = (
-        ring_append(y, x, position, new) for y, x in ((state.keys, k), (state.values, v))
-    )
+    keys, values = (ring_append(y, x, position, new) for y, x in ((state.keys, k), (state.values, v)))
     return keys, values, position + new
 
 
