@@ -96,7 +96,10 @@ class Bench:
         return taken
 
     def race(self, name: str, call: Callable[[], Any], *, alone: bool, **values: Any) -> float:
-        """A row of the median over rounds: of the slowest rank together, of the fastest ``alone``."""
+        """A row of the median over rounds: of the slowest rank together, of the fastest ``alone``.
+
+        ``ms_ranks`` are the medians of each rank: GPUs of one host are not equally fast.
+        """
         times = self.times(call)
         each = [float(x.min() if alone else x.max()) for x in times]
         low, ms, high = statistics.quantiles(each, n=4, method="inclusive")
@@ -106,6 +109,7 @@ class Bench:
             ms=ms,
             ms_low=low,
             ms_high=high,
+            ms_ranks=torch.stack(times).median(0).values.tolist(),
             rounds=len(each),
             **values,
         )

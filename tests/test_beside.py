@@ -36,6 +36,18 @@ def test_work_beside_others_has_its_own_result(name: str) -> None:
         assert name != "cpu" or not product.requires_grad
 
 
+@pytest.mark.gpu
+def test_work_beside_others_uses_its_memory_again() -> None:
+    """However often it is called: a new stream would have to get its memory from the device."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    reserved = []
+    for _ in range(40):
+        beside(partial(torch.zeros, 2**24, device=device), device, waits=True)()
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2:] == reserved[2:3] * 38
+
+
 def test_work_that_waits_for_nobody_is_done_at_once() -> None:
     done: list[int] = []
     here = threading.get_ident()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,9 +39,15 @@ def _in_thread(work: Callable[[], Found]) -> Callable[[], Found]:
     return future.result
 
 
+@cache
+def _own_stream(device: torch.device) -> Any:
+    """One for all work: what a stream has freed is used again in that stream alone."""
+    return torch.get_device_module(device).Stream(device, priority=-1)
+
+
 def _in_stream(work: Callable[[], Found], device: torch.device) -> Callable[[], Found]:
     module = torch.get_device_module(device)
-    caller, own = module.current_stream(device), module.Stream(device, priority=-1)
+    caller, own = module.current_stream(device), _own_stream(device)
     own.wait_stream(caller)
     with module.stream(own):
         found = work()

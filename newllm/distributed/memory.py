@@ -8,6 +8,7 @@ segments' maps beforehand, and applies one map to what comes.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -70,15 +71,19 @@ def _linear(
     steps: ModuleType, line: Line, x: Slice, matrix: Tensor, norm: Tensor, own: Pair, *, back: bool
 ) -> tuple[Chain, list[Messages]]:
     found: list[Chain] = []
+    shapes = [(*each.shape[:2], *each.shape[3:]) for each in (matrix, norm)]
+    sizes = [math.prod(shape) for shape in shapes]
 
     def step(incoming: Tensor | None) -> Tensor:
-        came = (None, None) if incoming is None else (incoming[..., :-1], incoming[..., -1])
+        # One message, of which each part lies without gaps.
+        parts = (None, None) if incoming is None else incoming.split(sizes)
+        pairs = zip(parts, shapes, strict=True)
+        came = (None if part is None else part.view(shape) for part, shape in pairs)
         start = tuple(_sum(*each) for each in zip(came, own, strict=True))
         found.append(steps.chain(x, matrix, norm, *start, reverse=back))
-        return torch.cat([found[0].matrix, found[0].norm[..., None]], -1)
+        return torch.cat([found[0].matrix.flatten(), found[0].norm.flatten()])
 
-    like = matrix.new_empty(*matrix.shape[:2], matrix.shape[3], matrix.shape[4] + 1)
-    sent = line.carry(like, step, _name("the memory", back), back=back)
+    sent = line.carry(matrix.new_empty(sum(sizes)), step, _name("the memory", back), back=back)
     return found[0], [sent]
 
 

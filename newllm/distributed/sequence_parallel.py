@@ -23,7 +23,7 @@ from newllm.ops.infini import check_layer
 from newllm.ops.memory import weights
 from newllm.ops.support import unsupported
 from newllm.reference.features import feature_width
-from newllm.reference.layout import ring_append, ring_history
+from newllm.reference.layout import ring_append, ring_history, ring_start
 from newllm.types import FeatureMap, GateKind, InfiniState, Rule
 
 Mesh = DeviceMesh | dist.ProcessGroup | Line
@@ -172,14 +172,14 @@ def _stream_after(
     k: Tensor, v: Tensor, ring: int, begin: int, state: InfiniState | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rings of keys and values after this slice, and the position there."""
-    position = torch.full((len(k),), begin, device=k.device)
+    tokens = k.shape[2]
     if state is None:
-        old = [x.new_zeros(*x.shape[:2], ring, x.shape[3]) for x in (k, v)]
-    else:
-        old, position = [state.keys, state.values], position + state.position
-    tokens = torch.full_like(position, k.shape[2])
-    keys, values = (ring_append(y, x, position, tokens) for y, x in zip(old, (k, v), strict=True))
-    return keys, values, position + tokens
+        position = torch.full((len(k),), begin + tokens, device=k.device)
+        return ring_start(k, ring, begin), ring_start(v, ring, begin), position
+    position = state.position + begin
+    new = torch.full_like(position, tokens)
+    keys, values = (ring_append(y, x, position, new) for y, x in ((state.keys, k), (state.values, v)))
+    return keys, values, position + new
 
 
 def _check_slice(line: Line, k: Tensor, window: int | None, segment: int) -> None:

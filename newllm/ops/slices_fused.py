@@ -10,11 +10,12 @@ from torch import Tensor
 from newllm.reference.slices import Begun, Call, Chain, Read, Slice, Slopes
 
 
-def _inputs(x: Slice) -> Any:
+def _inputs(x: Slice, call: Call) -> Any:
     from newllm.kernels.infini_attention import Inputs
 
-    # Any position behind the P earlier tokens: they hold keys, and segments are aligned.
-    position = None if x.past == 0 else torch.full((len(x.q),), x.past, device=x.q.device)
+    # Any border of segments behind the P earlier tokens: they hold keys, and the slice begins at one.
+    border = -(-x.past // call.segment) * call.segment
+    position = None if x.past == 0 else torch.full((len(x.q),), border, device=x.q.device)
     given = x.q, x.k, x.v, x.beta, x.rope, None, None, position, None, x.scale, x.bias, x.weight
     return Inputs(*given, aligned=True)
 
@@ -105,7 +106,7 @@ def read(
     """Window and memory in one kernel: the output and the softmax's log2-sum-exp2."""
     from newllm.kernels import infini_attention as kernels
 
-    return kernels.read(_inputs(x), _call(call), near, matrix, norm)
+    return kernels.read(_inputs(x, call), _call(call), near, matrix, norm)
 
 
 def begin_backward(
@@ -115,7 +116,7 @@ def begin_backward(
     from newllm.kernels import infini_attention as kernels
 
     saved = kernels.Saved(out, lse, matrix, norm)
-    found = kernels.begin_backward(_inputs(x), _call(call), saved, do)
+    found = kernels.begin_backward(_inputs(x, call), _call(call), saved, do)
     return Begun(found.before, found.norms, (saved, found))
 
 
@@ -123,7 +124,7 @@ def finish_backward(x: Slice, call: Call, begun: Begun) -> Read:
     """Gradients of all else that ``read`` read."""
     from newllm.kernels import infini_attention as kernels
 
-    found = kernels.finish_backward(_inputs(x), _call(call), *begun.rest)
+    found = kernels.finish_backward(_inputs(x, call), _call(call), *begun.rest)
     own = found.inputs
     return Read(Slopes(own.q, own.k, own.v, own.beta), found)
 
@@ -150,5 +151,5 @@ def added_backward(
     unused = after_norm[:, :, 0]
     gradients = Gradients(after, after_norm, unused, unused, rest)
     norms = None if rest is None else norm
-    told = kernels.through_memory(_inputs(x), _call(call), norms, gradients, found.rest)
+    told = kernels.through_memory(_inputs(x, call), _call(call), norms, gradients, found.rest)
     return Slopes(told.q, told.k, told.v, told.beta, told.scale, told.bias, told.weight)

@@ -64,13 +64,16 @@ def ring_with(ring: Tensor, new: Tensor, source: Tensor) -> Tensor:
     return torch.where((source >= 0)[:, None, :, None], fresh, ring)
 
 
-def ring_start(new: Tensor, size: int) -> Tensor:
-    """The ring of ``size`` tokens after the tokens ``new [B, H, T, D]`` that start a stream."""
+def ring_start(new: Tensor, size: int, before: int = 0) -> Tensor:
+    """The ring of ``size`` tokens after the tokens ``new [B, H, T, D]`` that start a stream.
+
+    Those behind ``before`` others end with a ring as well, if they are at least ``size``.
+    """
     tokens = new.shape[2]
     if tokens < size:
         return pad_tokens(new, size)
     # The slot of the oldest of the last `size` tokens.
-    oldest = tokens % size
+    oldest = (before + tokens) % size
     parts = new[:, :, tokens - oldest :], new[:, :, tokens - size : tokens - oldest]
     return torch.cat(parts, 2)
 
