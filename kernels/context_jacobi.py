@@ -175,6 +175,8 @@ def layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of what the layer norms read, of the pre-activations in drive's dtype, both ``[B, T, C]``, of
     the first tokens' two, ``[2, B, C]``, and of the layer norm's weight and bias ``[C]``; else of float32.
+
+    Sequences of ``dcontexts [B, T, C]`` may lie apart, rows of ``drive`` too; all else is contiguous.
     """
     batch, tokens, width = drive.shape
     programs = -(-batch * tokens // TOKENS_BACK)

@@ -62,10 +62,15 @@ def bits_of(line: Line | None) -> dict[str, Tensor]:
     return _told(session)
 
 
-def losses_of(dtype: torch.dtype, line: Line | None) -> Tensor:
-    """The losses of a text behind another, read by one process or by all ranks of ``line``."""
+def losses_of(dtype: torch.dtype, line: Line | None, *, broken: bool = False) -> Tensor:
+    """The losses of a text behind another, read by one process or by all ranks of ``line``.
+
+    All of them are NaN of a ``broken`` model.
+    """
     torch.manual_seed(3)
     session, ids = Session(tiny_senri().to(dtype), chunk=16), random_tokens(1, 130)[0]
+    if broken:
+        session.model.lm_head.weight.data[0] = torch.nan
     parts = ids[:93], ids[93:]
     if line is None:
         return torch.cat([session.score(part) for part in parts])
@@ -115,6 +120,7 @@ def every_stream(rank: int, size: int, folder: str) -> None:
         found: dict[str, Any] = {name: stream_of(name, torch.float32, line) for name in STREAMS}
         found["bits"], found["reports"] = bits_of(line), []
         found["losses"], found["answers"] = losses_of(torch.float32, line), answers_of(torch.float32, line)
+        found["broken"] = losses_of(torch.float32, line, broken=True)
         session = Session(tiny_senri(), chunk=16)
         prefill(session, torch.ones(101, dtype=torch.int64), mesh=line, progress=found["reports"].append)
         for ids in (torch.ones(40 + rank, dtype=torch.int64), torch.full((40,), 1 + rank)):

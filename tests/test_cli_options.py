@@ -78,7 +78,7 @@ def test_flags_have_dashes_and_dots_and_their_own_types() -> None:
 def test_switch_of_a_file_can_be_taken_back(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("out: y\nfast: true\n")
-    for words, fast in {"": True, "--fast": True, "--fast false": False, "--fast=false": False}.items():
+    for words, fast in {"": True, "--fast": True, "--fast False": False, "--fast=false": False}.items():
         assert parsed("--config", str(file), *words.split(), "x").fast is fast
     assert parsed("--fast", "false", "--out", "y", "--fast", "x") == Options("x", fast=True, out="y")
     with pytest.raises(ValueError, match="fast must be true or false, got maybe"):

@@ -71,6 +71,23 @@ def test_a_nan_is_no_agreement() -> None:
     assert info.sweeps == 5 and not contexts[0].isnan().any() and contexts[1, 2:].isnan().all()
 
 
+def test_memory_layouts_change_nothing() -> None:
+    """Gradients that are expanded, or columns of wider ones; parameters whose columns lie apart."""
+    given = inputs(F32, batch=2, tokens=5, width=20, layers=2)
+    whole = torch.randn(2, 5, 40, device=DEVICE)
+    apart = ContextParams(*(torch.stack([value, value], -1)[..., 0] for value in given["params"]))
+
+    def slopes(params: ContextParams, gradient: Tensor) -> tuple[Tensor, ...]:
+        x = given["x"].clone().requires_grad_()
+        contexts = swept(x, params, given["state"], tol=0, sweeps=3)[0]
+        return contexts, *torch.autograd.grad(contexts, x, gradient)
+
+    for gradient in (whole[..., :20], whole[0, 0, :20].expand(2, 5, 20), whole[..., :1].expand(2, 5, 20)):
+        plain = slopes(given["params"], gradient.clone(memory_format=torch.contiguous_format))
+        for found, expected in zip(slopes(apart, gradient), plain, strict=True):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_contract(dtype: torch.dtype) -> None:
     width = 20

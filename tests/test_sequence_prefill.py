@@ -44,6 +44,7 @@ def test_losses_over_ranks_are_those_of_one_process(found: list[dict[str, Any]])
         assert part["losses"].isnan().tolist() == [True] + [False] * 129
         assert_no_worse(part["losses"][1:], oracle[1:], baseline[1:])
         assert torch.equal(part["losses"][1:], found[0]["losses"][1:])
+        assert part["broken"].isnan().all()
 
 
 def test_answers_behind_prompts_over_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:

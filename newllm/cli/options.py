@@ -158,8 +158,8 @@ def _with_values(words: list[str], options: list[Option]) -> list[str]:
     """``words`` with a value for each switch: a preset's true can be taken back by ``--switch false``."""
     switches = {option.flag for option in options if option.default is False}
     return [
-        f"{word}=true" if word in switches and following not in ("true", "false") else word
-        for word, following in zip_longest(words, words[1:])
+        f"{word}=true" if word in switches and following.lower() not in ("true", "false") else word
+        for word, following in zip_longest(words, words[1:], fillvalue="")
     ]
 
 

@@ -64,9 +64,16 @@ class Line(NamedTuple):
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of each of ``values`` over all ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each of ``values`` over all ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:
-            with self._answering("the largest values", [*range(self.size)]):
-                dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group())
+            with self._answering("numbers of all ranks", [*range(self.size)]):
+                dist.all_reduce(values, how, group=self.group())
         return values
 
     def from_last(self, tensor: Tensor) -> Tensor:

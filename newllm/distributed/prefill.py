@@ -142,8 +142,8 @@ def _round_losses(session: Session, ids: Tensor, line: Line) -> Tensor:
     mine = session.losses(hidden[0, : len(targets)], targets)
     losses = mine.new_zeros(ids.shape[1])
     losses[start + 1 : start + 1 + len(mine)] = mine
-    # Each token's loss is told by one rank; the others say zero, the least it can be.
-    losses = line.largest(losses)
+    # Each token's loss is told by one rank, the others say zero.
+    losses = line.total(losses)
     losses[:1] = torch.nan if before is None else session.losses(before, ids[0, :1])
     return losses
 

@@ -48,7 +48,7 @@ DECODES: Shapes = {
     )
     for device, base in (("cuda", _8B), ("cpu", _SMALL))
 }
-# Context sweeps: no heads, no window. The last shapes show what one of Jacobi's takes, and how many it takes.
+# Context sweeps: no heads, no window. Two shapes are for Jacobi's: how many it takes, and the time of one.
 CONVERGENCE = "convergence"
 JACOBI = "d768 B1 100K"
 

@@ -44,7 +44,10 @@ class Worker:
         return self._waits or self.error is not None
 
     def prepared(self, until: float) -> Any:
-        """Let a worker that waits go on; its facts, or None where they do not come ``until`` then."""
+        """Let it go on as soon as it waits; its facts, or None where they do not come ``until`` then."""
+        if not self._waits and self.error is None:
+            self._answer(until)
+            self._waits = True
         return self._ask("", until)
 
     def call(self, name: str, until: float) -> Any:

@@ -130,13 +130,13 @@ class HistorySession:
 
     @torch.no_grad()
     def _read(self, ids: list[int]) -> None:
-        whole = torch.tensor([[*self._ids, *ids]], device=self.model.device)
-        self._check_length(whole.shape[1])
-        for part in whole[:, len(self._ids) :].split(_CHUNK, 1):
+        total = len(self._ids) + len(ids)
+        self._check_length(total)
+        for part in torch.tensor([ids], dtype=torch.int64, device=self.model.device).split(_CHUNK, 1):
             out = self.model(input_ids=part, past_key_values=self._cache, use_cache=True)
-        if self._cache.get_seq_length() != whole.shape[1]:
-            # It keeps no keys and values: it reads everything again.
-            out = self.model(input_ids=whole, use_cache=False)
-        self._logits = out.logits[:, -1].float()
         self._ids += ids
+        if self._cache.get_seq_length() != total:
+            # It keeps no keys and values: it reads everything again.
+            out = self.model(input_ids=torch.tensor([self._ids], device=self.model.device), use_cache=False)
+        self._logits = out.logits[:, -1].float()
         self._pending = -1

@@ -37,9 +37,8 @@ def context_jacobi(
 
     products = None if rows is None else F.linear(_operand(rows, rounded), weight)
     entering = _entering(weight, rows, products, start)
-    contexts, again, last, change = layer(
-        entering, before, _spaced(drive), ln_weight, ln_bias, LAYER_NORM_EPS
-    )
+    norm = ln_weight.contiguous(), ln_bias.contiguous()
+    contexts, again, last, change = layer(entering, before, _spaced(drive), *norm, LAYER_NORM_EPS)
     return contexts, _or_empty(again, drive), last, change, _or_empty(products, drive)
 
 
@@ -73,10 +72,11 @@ def context_jacobi_backward(
 
     batch, tokens, width = drive.shape
     entering = _entering(weight, rows, None if rows is None else products, start)
-    dcontexts = None if dcontexts is None else _spaced(dcontexts)
+    if dcontexts is not None and dcontexts.stride()[1:] != (width, 1):
+        dcontexts = dcontexts.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     dupdate, dread, first, dgain, dshift = layer_backward(
-        entering, _spaced(drive), ln_weight, dcontexts, dlast, LAYER_NORM_EPS
+        entering, _spaced(drive), ln_weight.contiguous(), dcontexts, dlast, LAYER_NORM_EPS
     )
     # One row more, so that the gradient of each row is that of the token after it, and of the last none.
     dentered = ln_weight.new_empty(batch, tokens + 1, width)
@@ -105,7 +105,7 @@ def _(
     batch, tokens, width = drive.shape
     wider = ln_weight.new_empty(batch, tokens + 1, width)
     drows = ln_weight.new_empty(0) if rows is None else wider[:, :tokens] if start is None else wider[:, 1:]
-    dstart = ln_weight.new_empty(0) if start is None else torch.empty_like(start)
+    dstart = ln_weight.new_empty(0 if start is None else start.shape)
     plain = weight.new_empty(weight.shape), ln_weight.new_empty(width), ln_weight.new_empty(width)
     return drive.new_empty(drive.shape), *plain, drows, dstart
 

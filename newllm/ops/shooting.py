@@ -110,9 +110,8 @@ def block(
     The first pass covers only ``warm_up`` tokens before each border, begun at zeros: where the recurrence
     forgets within them, the second pass is the result. Later ones end where they leave what the one before
     left. Backwards ``tol`` is a share of the largest that leaves a run, since gradients have no scale of
-    their own. When ``sweeps`` passes (None: 4) reach no
-    agreement or the jumps do not shrink, one run over all tokens is the result, or, where ``fallback`` is
-    False, raises NotContracting.
+    their own. When ``sweeps`` passes (None: 4) reach no agreement or the jumps do not shrink, one run over
+    all tokens is the result; where ``fallback`` is False, NotContracting is raised.
     """
     length = tokens // parts
     # Tokens too few to go round are swept after all others, which backwards is before.

@@ -1,4 +1,4 @@
-"""From the arguments of ``context_sweep`` to the native sweeps and back.
+"""From the arguments of ``context_sweep`` to the native sweeps, or Jacobi's, and back.
 
 On a CPU everything is computed in float32. On a GPU matrices stay in x's dtype, float16 apart, which has too
 few exponents for a float32 context's products and is computed in float32 as well.
