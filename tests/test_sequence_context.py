@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from newllm import ops
-from newllm.distributed.context import sequence_sweep
+from newllm.distributed.context import _shoot, sequence_sweep
+from newllm.reference.context import NotContracting
 from newllm.testing import assert_rounding, largest
 from tests import sequence_ranks as ranks
 from tests.processes import spawned
@@ -61,6 +63,22 @@ def test_without_a_way_back_all_ranks_refuse(found: list[Any]) -> None:
     for part in found:
         assert "ranks differ by" in part["refused"]
         assert "after 2 sweeps, and tol is 0" in part["refused"]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["forwards", "backwards"])
+def test_a_nan_at_a_border_is_no_agreement(back: bool) -> None:
+    """Whatever the largest over ranks makes of it."""
+    lost = SimpleNamespace(wait=lambda: torch.full((1, 4), torch.nan))
+    line = SimpleNamespace(
+        size=2,
+        first=True,
+        last=False,
+        shift=lambda *_, back: lost,
+        largest=partial(torch.nan_to_num, nan=0.0),
+    )
+    call: Any = SimpleNamespace(line=line, sweeps=4, tol=1e-5, fallback=False)
+    with pytest.raises(NotContracting):
+        _shoot(call, lambda entering: entering, torch.zeros(1, 4), back=back)
 
 
 def test_a_single_rank_sweeps_once() -> None:

@@ -157,9 +157,11 @@ def _shoot(call: _Call, sweep: Callable[[Tensor], Tensor], start: Tensor, *, bac
             return _Outcome(entering, 1, residual, True)
         reached = line.shift(leaving.contiguous(), leaving, what, back=back).wait()
         jump = start.new_zeros(()) if reached is None else (reached - entering).abs().amax()
+        # The largest over ranks may lose a NaN.
+        jump = jump.nan_to_num(nan=torch.inf)
         residual, largest = line.largest(torch.stack([jump, leaving.abs().amax()])).unbind()
         now = residual.item()
-        if now <= call.tol * (largest.item() if back else 1.0):
+        if now < torch.inf and now <= call.tol * (largest.item() if back else 1.0):
             return _Outcome(entering, done, residual, True)
         if not now < before:
             break
