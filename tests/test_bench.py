@@ -123,6 +123,16 @@ def test_shapes_and_variants_can_be_picked(tiny: None, tmp_path: Path) -> None:
         measured("later", tmp_path)
 
 
+def test_a_shape_measured_apart_leaves_the_others(tiny: None, tmp_path: Path) -> None:
+    once = partial(measured, "window", tmp_path, peers="none", seconds=0)
+    path = once().path
+    write_rows(path, [replace(row, shape="other") for row in read_rows(path)])
+    once(shapes=["tiny"])
+    assert {row.shape for row in read_rows(path)} == {"other", "tiny"}
+    once()
+    assert {row.shape for row in read_rows(path)} == {"tiny"}
+
+
 def test_rows_with_other_fields_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "layer.jsonl"
     path.write_text(json.dumps({**asdict(row()), "speed": 1}) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ class SuiteOptions:
     Args:
         peers: all, none, or names with commas: flex, fa4, sdpa, fla-linear, fla-delta, loop, compiled-loop,
             eager-loop, hoisted-loop, graph-loop, lstm, gru, hf-llama.
-        shapes: only these of the suite's shapes (empty: all).
+        shapes: only these of the suite's shapes, beside what is recorded of others (empty: all).
         variants: only these of newllm's own variants (empty: all).
         out: folder of the rows (null: benchmarks/results on a GPU, runs/bench on a CPU).
         device: cpu or cuda (null: the first accelerator, or else the CPU).

@@ -26,7 +26,7 @@ def text(results: Path) -> str:
     ]
     if reached:
         parts.append(bars_grid(reached).markdown())
-    return "\n\n".join([*parts, *(_origin(suite, rows[0]) for suite, rows in found.items())])
+    return "\n\n".join([*parts, *(_origin(suite, rows) for suite, rows in found.items())])
 
 
 def layer_grid(rows: list[Row]) -> Grid:
@@ -60,10 +60,11 @@ def _exists(results: Path, suite: str) -> bool:
     return (results / f"{suite}.jsonl").is_file()
 
 
-def _origin(suite: str, row: Row) -> str:
-    commit = (row.commit or "unknown")[:12]
+def _origin(suite: str, rows: list[Row]) -> str:
+    row, *_ = rows
+    commits = ", ".join(dict.fromkeys((each.commit or "unknown")[:12] for each in rows))
     return (
         f"`benchmarks/results/{suite}.jsonl`: {row.device}, {row.dtype}, torch {row.torch}, "
-        f"triton {row.triton}, commit {commit}, {row.date[:10]}; ceilings {row.peak_tflops:,.4g} TFLOP/s "
-        f"and {row.peak_gbs:,.4g} GB/s."
+        f"triton {row.triton}, commit {commits}, {max(each.date for each in rows)[:10]}; ceilings "
+        f"{row.peak_tflops:,.4g} TFLOP/s and {row.peak_gbs:,.4g} GB/s."
     )

@@ -18,7 +18,7 @@ from newllm import backend as backends
 from newllm.measuring.entries import OURS, Attempt, Entry, Prepared, call_of
 from newllm.measuring.ours import Site, absent
 from newllm.measuring.peers import PEERS, chosen, refusal
-from newllm.measuring.rows import Row, write_rows
+from newllm.measuring.rows import Row, read_rows, write_rows
 from newllm.measuring.suites import SUITES, Suite, groups
 from newllm.measuring.timing import Call, Clock
 from newllm.measuring.work import Ceilings, measure_ceilings
@@ -58,6 +58,8 @@ def run(
 ) -> Report:
     """Judge, then time ``suite``, and write ``<out>/<suite>.jsonl`` anew after each group of rows.
 
+    Where ``shapes`` are named, the rows of others stay there.
+
     Args:
         suite: a name of ``SUITES``.
         peers: ``all``, ``none`` or names of ``PEERS`` with commas.
@@ -82,16 +84,23 @@ def run(
     makers = {name: PEERS[name].entries for name in names if name not in refused}
     left_out = [*(why for op in asked.ops if (why := absent(op, place)) is not None), *refused.values()]
     found = _only(groups(asked, site, makers, shapes), variants)
+    path = Path(out or RESULTS[place.type]) / f"{suite}.jsonl"
+    rows = _others(path, found) if shapes else []
+    measured: list[Row] = []
     _gate([entry for _, group in found for entry in group], say)
     clock = Clock(place)
     ceilings = measure_ceilings(clock, site.dtype)
     shared = _shared(suite, site, ceilings, commit)
-    path = Path(out or RESULTS[place.type]) / f"{suite}.jsonl"
-    rows: list[Row] = []
     for direction, group in found:
-        rows += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
-        write_rows(path, rows)
-    return Report(suite, rows, left_out, path)
+        measured += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
+        write_rows(path, rows + measured)
+    return Report(suite, measured, left_out, path)
+
+
+def _others(path: Path, found: list[tuple[str, list[Entry]]]) -> list[Row]:
+    """The rows that ``path`` has of shapes that are not measured now."""
+    shapes = {entry.shape.name for _, group in found for entry in group}
+    return [row for row in read_rows(path) if row.shape not in shapes] if path.is_file() else []
 
 
 def _device(name: str | None) -> torch.device:
