@@ -50,6 +50,24 @@ def _gelu_and_slope(x):
 
 
 @triton.jit
+def _normed(
+    rows, products, start, start_products, drive, token, row, T, EPS: tl.constexpr, C: tl.constexpr, columns,
+    inside,
+):  # fmt: skip
+    """A token's update through the layer norm alone, one over its deviation, and the slope of its GELU."""
+    context = _entering(rows, start, token, row, T, C, columns, inside)
+    product = _entering(products, start_products, token, row, T, C, columns, inside)
+    # [C]
+    added = tl.load(drive + columns, mask=inside, other=0.0).to(tl.float32)
+    change, slope = _gelu_and_slope(product + added)
+    update = context + change
+    mean = tl.sum(tl.where(inside, update, 0.0), 0) / C
+    centred = tl.where(inside, update - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + EPS)
+    return centred * rstd, rstd, slope
+
+
+@triton.jit
 def _context_jacobi_forward_kernel(
     rows, products, start, start_products, before, drive, gain, shift, out, rounded, last, changes, total, T,
     d_t, EPS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, TOKENS: tl.constexpr,
@@ -66,16 +84,21 @@ def _context_jacobi_forward_kernel(
         row = pid * TOKENS + i
         if row < total:
             token = row % T
-            context = _entering(rows, start, token, row, T, C, columns, inside)
-            product = _entering(products, start_products, token, row, T, C, columns, inside)
-            # [C]
-            added = tl.load(drive + row * d_t + columns, mask=inside, other=0.0).to(tl.float32)
-            change, _ = _gelu_and_slope(product + added)
-            update = context + change
-            mean = tl.sum(tl.where(inside, update, 0.0), 0) / C
-            centred = tl.where(inside, update - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + EPS)
-            result = centred * rstd * weight + bias
+            normed, _, _ = _normed(
+                rows,
+                products,
+                start,
+                start_products,
+                drive + row * d_t,
+                token,
+                row,
+                T,
+                EPS,
+                C,
+                columns,
+                inside,
+            )
+            result = normed * weight + bias
             tl.store(out + row * C + columns, result, mask=inside)
             if rounded is not None:
                 tl.store(rounded + row * C + columns, result.to(rounded.dtype.element_ty), mask=inside)
@@ -110,16 +133,20 @@ def _context_jacobi_backward_kernel(
         row = pid * TOKENS + i
         if row < total:
             token = row % T
-            context = _entering(rows, start, token, row, T, C, columns, inside)
-            product = _entering(products, start_products, token, row, T, C, columns, inside)
-            # [C]
-            added = tl.load(drive + row * d_t + columns, mask=inside, other=0.0).to(tl.float32)
-            change, slope = _gelu_and_slope(product + added)
-            update = context + change
-            mean = tl.sum(tl.where(inside, update, 0.0), 0) / C
-            centred = tl.where(inside, update - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + EPS)
-            normed = centred * rstd
+            normed, rstd, slope = _normed(
+                rows,
+                products,
+                start,
+                start_products,
+                drive + row * d_t,
+                token,
+                row,
+                T,
+                EPS,
+                C,
+                columns,
+                inside,
+            )
             gradient = tl.zeros((BC,), tl.float32)
             if doutside is not None:
                 gradient += tl.load(doutside + row // T * o_b + token * C + columns, mask=inside, other=0.0)
