@@ -177,9 +177,8 @@ def _stream_after(
         position = torch.full((len(k),), begin + tokens, device=k.device)
         return ring_start(k, ring, begin), ring_start(v, ring, begin), position
     position = state.position + begin
-    new = torch.full_like(position, tokens)
-    keys, values = (ring_append(y, x, position, new) for y, x in ((state.keys, k), (state.values, v)))
-    return keys, values, position + new
+    keys, values = ring_append(((state.keys, k), (state.values, v)), position, tokens)
+    return keys, values, position + tokens
 
 
 def _check_slice(line: Line, k: Tensor, window: int | None, segment: int) -> None:

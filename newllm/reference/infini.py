@@ -16,11 +16,10 @@ from newllm.reference.features import feature_map, feature_width
 from newllm.reference.layout import (
     behind_ring,
     compaction,
-    newest,
     pad_tokens,
     past_slots,
+    ring_append,
     ring_start,
-    ring_with,
     take,
 )
 from newllm.reference.memory import Segments, empty_memory, read, scan, state_dtype, write_segments
@@ -148,13 +147,8 @@ def streamed(
         return out, InfiniState(matrix, norm, ring_start(k, ring), ring_start(v, ring), position)
     start = state or empty_state(k, v, ring=ring, memory=False)
     tokens = k.shape[2] if length is None else length
-    source = newest(start.position, tokens, ring)
     rings = (start.keys, k), (start.values, v)
-    if length is None and k.shape[2] >= ring:
-        # Every slot is new: on a GPU each step less is a launch less.
-        new_keys, new_values = (take(new, source) for _, new in rings)
-    else:
-        new_keys, new_values = (ring_with(old, new, source) for old, new in rings)
+    new_keys, new_values = ring_append(rings, start.position, tokens)
     return out, InfiniState(matrix, norm, new_keys, new_values, start.position + tokens)
 
 

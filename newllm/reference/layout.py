@@ -5,6 +5,8 @@ Everything is a gather along the token axis, so that rows of a batch may be at d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,18 +52,21 @@ def behind_ring(ring: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     return torch.cat([past, new.transpose(1, 2).contiguous()], 1).transpose(1, 2)
 
 
-def ring_append(ring: Tensor, new: Tensor, position: Tensor, length: Tensor) -> Tensor:
-    """The ring after a row's first ``length [B]`` tokens of ``new [B, H, T, D]`` joined it.
+def ring_append(
+    pairs: Sequence[tuple[Tensor, Tensor]], position: Tensor, length: Tensor | int
+) -> list[Tensor]:
+    """Rings ``[B, H, R, D]`` after a row's first ``length [B]`` tokens of ``[B, H, T, D]`` joined them.
 
-    Slot r holds the latest token n with ``n % R == r``; slots that no token has reached keep zeros.
+    Of each of ``pairs``, a ring and what joins it. Slot r holds the latest token n with ``n % R == r``; slots
+    that no token has reached keep zeros.
     """
-    return ring_with(ring, new, newest(position, length, ring.shape[2]))
-
-
-def ring_with(ring: Tensor, new: Tensor, source: Tensor) -> Tensor:
-    """The ring with token ``source [B, R]`` of ``new`` in each slot, or, where that is negative, its own."""
-    fresh = take(new, source.clamp(0, new.shape[2] - 1))
-    return torch.where((source >= 0)[:, None, :, None], fresh, ring)
+    (ring, new), *_ = pairs
+    source = newest(position, length, ring.shape[2])
+    if not isinstance(length, Tensor) and length >= ring.shape[2]:
+        # Every slot is new: on a GPU each step less is a launch less.
+        return [take(new, source) for _, new in pairs]
+    index, fresh = source.clamp(0, new.shape[2] - 1), (source >= 0)[:, None, :, None]
+    return [torch.where(fresh, take(new, index), ring) for ring, new in pairs]
 
 
 def ring_start(new: Tensor, size: int, before: int = 0) -> Tensor:
