@@ -54,7 +54,7 @@ CudaSweepPlan plan_variant(const Variant<Arguments>& variant, int64_t width, int
     plan.threads = kSweepThreads;
     plan.rows = variant.rows;
     plan.groups = groups;
-    plan.cluster = 1;
+    plan.cluster = kFewestBlocks;
     while (int64_t(plan.cluster) * kSweepWarps * variant.columns < width) plan.cluster *= 2;
     plan.shared = variant.layout(groups).total;
     const int64_t together = int64_t(plan.rows) * groups;

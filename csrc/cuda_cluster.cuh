@@ -10,8 +10,9 @@ namespace newllm {
 
 using SharedAddress = uint32_t;
 
-// A wait longer than this (cycles) means that a message will never come; the kernel then gives up.
-constexpr long long kPatience = 1LL << 32;
+// A wait longer than this (cycles, about 20 s) means that a message will never come; the kernel then gives up. On a
+// device that serves another process too, or under a tool that checks each access, seconds pass before one comes.
+constexpr long long kPatience = 1LL << 35;
 
 __device__ __forceinline__ char* dynamic_shared() {
     extern __shared__ __align__(128) char memory[];

@@ -24,6 +24,9 @@ class DeviceGuard {
     cudaError_t status_;
 };
 
+// Blocks of the smallest cluster: compute-sanitizer takes messages of a block to itself for errors.
+constexpr int kFewestBlocks = 2;
+
 struct ClusterLaunch {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute cluster{};

@@ -39,7 +39,7 @@ CudaSweepPlan plan_rows(const Sweep& sweep, int rows) {
     plan.threads = kGatedThreads;
     plan.rows = variant.rows;
     plan.groups = 1;
-    plan.cluster = 1;
+    plan.cluster = kFewestBlocks;
     while (plan.cluster * kGatedColumns < std::max(sweep.width, sweep.hidden)) plan.cluster *= 2;
     plan.shared = variant.shared;
     plan.clusters = static_cast<int>((sweep.span.rows() + plan.rows - 1) / plan.rows);
