@@ -16,6 +16,7 @@ from newllm.kernels.attention_hopper import (
     REGISTERS,
     ROWS,
     await_place,
+    barriers,
     fetch,
     fetch_numbers,
     filled,
@@ -59,7 +60,7 @@ def _produce(q, do, k, v, lse, delta, own_k, own_v, q_ring, do_places, levels, s
     BT: gl.constexpr = places.shape[3]
     D: gl.constexpr = places.shape[4]
     b, hkv, _, _, first, begin, steps = _tile_of_keys(facts, sizes, BT)
-    k_places, full, _ = own_k
+    k_places, full = own_k
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(full.index(c), 2 * ROWS * D * 2)
         fetch(k, b, hkv, first + c * ROWS, full.index(c), k_places.index(c))
@@ -99,7 +100,7 @@ def _consume(dk, dv, own_k, own_v, q_ring, do_places, levels, shifts, facts, siz
     high = gl.maximum((end - begin + BT - 1) // BT, low)
     none = gl.zeros([ROWS, BT], gl.float32, SCORES)
     acc_k, acc_v = gl.zeros([ROWS, D], gl.float32, RESULT), gl.zeros([ROWS, D], gl.float32, RESULT)
-    k_places, full, _ = own_k
+    k_places, full = own_k
     keys, values = tile_of(k_places, C), tile_of(own_v, C)
     mbarrier.wait(full.index(C), 0)
     for h in range(H // HKV):
@@ -155,7 +156,9 @@ def _infini_attention_backward_keys_hopper_kernel(
     q, do, k, v, lse, delta, dk, dv, position, length, H, HKV, T, P, W, per_head,
     D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    own_k, q_ring = ring(k, CONSUMERS, ROWS, D, 1), ring(q, STAGES, BT, D)
+    # Filled once: a barrier that says when a place is free again would be dead memory, which a tile would share.
+    own_k = gl.allocate_shared_memory(k.dtype, [CONSUMERS, 1, 1, ROWS, D], k.layout), barriers(CONSUMERS, 1)
+    q_ring = ring(q, STAGES, BT, D)
     # Filled along with keys and queries.
     own_v = gl.allocate_shared_memory(v.dtype, [CONSUMERS, 1, 1, ROWS, D], v.layout)
     do_places = gl.allocate_shared_memory(do.dtype, [STAGES, 1, 1, BT, D], do.layout)
