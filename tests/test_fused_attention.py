@@ -199,7 +199,7 @@ def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) 
 def test_contracts_hold(changes: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
     case = layer(changes)
-    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=3, segment=2, window=3)
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=4, segment=2, window=3)
     check_contracts(fused, "attention", case, inputs, monkeypatch)
 
 
