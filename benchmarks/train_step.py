@@ -26,7 +26,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from newllm import ops
 from newllm.backend import training_device
 from newllm.files import replace_file
-from newllm.measuring.timing import Clock, Timed, summary
+from newllm.measuring.timing import Clock, Timed, summary, turns
 from newllm.measuring.workers import Wait, Worker
 from newllm.models import SenriConfig, SenriForCausalLM
 from newllm.modules.rotary import Rotary
@@ -189,11 +189,7 @@ def prepare(
 def race(workers: dict[str, Worker], what: str, seconds: float, until: float) -> dict[str, Timed]:
     """Times of a call of ``workers`` in turns; one that fails is left out."""
     taken: dict[str, Samples] = {name: [] for name in workers}
-    least, most = _ROUNDS
-    end = time.monotonic() + seconds
-    for done in range(most):
-        if done >= least and time.monotonic() > end:
-            break
+    for _ in turns(seconds, _ROUNDS):
         for name, worker in workers.items():
             taken[name] += worker.call(what, until) or []
     return {name: summary(taken[name]) for name, worker in workers.items() if worker.error is None}

@@ -67,14 +67,14 @@ CudaSweepPlan plan_variant(const Variant<Arguments>& variant, int64_t width, int
 }  // namespace
 
 template <class Arguments>
-CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups) {
-    const auto* const variant = find_variant<Arguments>(half, layers, width, rows ? rows : 1);
+CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs) {
+    const auto* const variant = find_variant<Arguments>(half, layers, width, 1);
     if (variant == nullptr) return refused("the matrices are larger than what a cluster holds");
-    const CudaSweepPlan plan = plan_variant(*variant, width, runs, std::max(groups, 1));
-    if (plan.kernel == nullptr || groups) return plan;
+    const CudaSweepPlan plan = plan_variant(*variant, width, runs, 1);
+    if (plan.kernel == nullptr) return plan;
     const int64_t share = (runs + plan.at_once - 1) / plan.at_once;
     if (share == 1) return plan;
-    const int together = rows ? rows : share <= 2 || layers > 1 ? 1 : 4;
+    const int together = share <= 2 || layers > 1 ? 1 : 4;
     const auto& several = *find_variant<Arguments>(half, layers, width, together);
     for (int64_t tried = std::min<int64_t>((share + together - 1) / together, kMostGroups); tried > 1; tried--) {
         const CudaSweepPlan fewer = plan_variant(several, width, runs, static_cast<int>(tried));

@@ -14,7 +14,7 @@ inline CudaSweepPlan refused(const char* reason) {
 
 // Few rows (context_sweep_cluster.cuh). Arguments: forward or adjoint.
 template <class Arguments>
-CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups);
+CudaSweepPlan plan_cluster(bool half, int64_t layers, int64_t width, int64_t runs);
 template <class Arguments>
 const char* launch_cluster(const Arguments& args, const CudaSweepPlan& plan, const CudaCall& call);
 
@@ -27,7 +27,7 @@ const char* launch_tensor(const Arguments& args, const CudaSweepPlan& plan, cons
 // The gated cell with few rows, one hidden layer and bfloat16 matrices (gated_cluster_cuda.cuh). Sweep: forward or
 // adjoint.
 template <class Sweep>
-CudaSweepPlan plan_gated_cluster(const Sweep& sweep, int rows);
+CudaSweepPlan plan_gated_cluster(const Sweep& sweep);
 template <class Sweep>
 const char* launch_gated_cluster(const Sweep& sweep, const CudaSweepPlan& plan, const CudaCall& call);
 

@@ -366,8 +366,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
         if (groups > 1) state = states[group * kSweepThreads];
         Step::finish(args, place, first_row + group * Tile::kRows + place.row, state);
     }
-    if (!alive && place.lane == 0) give_up(timeout);
-    cluster_sync();
+    leave(alive, timeout);
 #endif
 }
 

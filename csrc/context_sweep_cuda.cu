@@ -17,11 +17,9 @@ bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && pl
 
 // The fastest on clusters for the width and number of runs.
 template <class Arguments>
-CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs, int rows, int groups) {
-    if (rows == kTensorRowsTogether)
-        return half ? plan_tensor<Arguments>(width, runs) : refused("tensor cores take bfloat16 matrices only");
-    const CudaSweepPlan cluster = plan_cluster<Arguments>(half, layers, width, runs, rows, groups);
-    if (rows || groups || !half || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
+CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs) {
+    const CudaSweepPlan cluster = plan_cluster<Arguments>(half, layers, width, runs);
+    if (!half || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
     const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
     return tensor.kernel != nullptr ? tensor : cluster;
 }
@@ -50,11 +48,10 @@ const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const Cu
 }
 
 template <class Arguments, class Sweep>
-CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device, int rows, int groups) {
-    const bool wide = width >= kLeastClusterWidth || rows > 0;
-    if (rows != kGridRowsWanted && wide && has_clusters(device)) {
-        const CudaSweepPlan plan = choose<Arguments>(half, layers, width, runs, rows, groups);
-        if (plan.kernel != nullptr || rows || groups) return plan;
+CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device) {
+    if (width >= kLeastClusterWidth && has_clusters(device)) {
+        const CudaSweepPlan plan = choose<Arguments>(half, layers, width, runs);
+        if (plan.kernel != nullptr) return plan;
     }
     Sweep sweep{};
     sweep.span = {runs, 1, 0, 0, 0};
@@ -64,16 +61,15 @@ CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool hal
 }
 
 template <class Sweep>
-CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t runs, bool half, int device,
-                         int rows) {
+CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t runs, bool half, int device) {
     Sweep sweep{};
     sweep.span = {runs, 1, 0, 0, 0};
     sweep.hidden = hidden;
     sweep.width = width;
     sweep.deeper = deeper;
-    if (rows != kGridRowsWanted && half && width >= kLeastClusterWidth && has_clusters(device)) {
-        const CudaSweepPlan plan = plan_gated_cluster(sweep, rows);
-        if (plan.kernel != nullptr || rows) return plan;
+    if (half && width >= kLeastClusterWidth && has_clusters(device)) {
+        const CudaSweepPlan plan = plan_gated_cluster(sweep);
+        if (plan.kernel != nullptr) return plan;
     }
     return plan_grid(sweep);
 }
@@ -81,20 +77,20 @@ CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t 
 }  // namespace
 
 CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
-                                 int device, int rows, int groups) {
+                                 int device) {
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
     const auto plan = direction == SweepDirection::kForward ? plan_context<ContextForwardArguments, ContextForward>
                                                             : plan_context<ContextAdjointArguments, ContextAdjoint>;
-    return plan(layers, width, runs, half, device, rows, groups);
+    return plan(layers, width, runs, half, device);
 }
 
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
-                               bool half, int device, int rows) {
+                               bool half, int device) {
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
     const auto plan = direction == SweepDirection::kForward ? plan_gated<GatedForward> : plan_gated<GatedAdjoint>;
-    return plan(hidden, width, deeper, runs, half, device, rows);
+    return plan(hidden, width, deeper, runs, half, device);
 }
 
 const char* context_forward_cuda(const ContextForward& sweep, const CudaSweepPlan& plan, const CudaCall& call) {

@@ -28,13 +28,11 @@ struct CudaCall {
 
 enum class SweepDirection { kForward, kAdjoint };
 
-// `half`: matrices are bfloat16. `rows` of a group (1, 4, or 8: on tensor cores) and `groups`: 0 chooses them, and with
-// them the kernel; kGridRowsWanted asks for the grid.
-constexpr int kGridRowsWanted = -1;
+// The fastest kernel. `half`: matrices are bfloat16.
 CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
-                                 int device, int rows = 0, int groups = 0);
+                                 int device);
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
-                               bool half, int device, int rows = 0);
+                               bool half, int device);
 
 // Null, or what went wrong. Nothing waits for the device. A plan of the grid reads the matrices of an adjoint sweep
 // transposed: [L, C, C], [C, H], [N, H, H] and [H, 3, C], input by output.

@@ -259,8 +259,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
         if (more) sweeper.depart(step.departure(), ~token & 1);
     }
     step.finish(args, sweeper.place);
-    if (!sweeper.alive && lane == 0) give_up(timeout);
-    cluster_sync();
+    leave(sweeper.alive, timeout);
 #endif
 }
 

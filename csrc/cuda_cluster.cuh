@@ -19,6 +19,12 @@ __device__ __forceinline__ char* dynamic_shared() {
     return memory;
 }
 
+// Says that a wait was too long, or where nobody would listen, ends the kernel with an error.
+__device__ __forceinline__ void give_up(int* timeout) {
+    if (timeout == nullptr) __trap();
+    *timeout = 1;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define NEWLLM_CLUSTERS
 
@@ -111,12 +117,13 @@ __device__ __forceinline__ bool barrier_wait(uint64_t* barrier, uint32_t parity)
     return true;
 }
 
-#endif
-
-// Says that a wait was too long, or where nobody would listen, ends the kernel with an error.
-__device__ __forceinline__ void give_up(int* timeout) {
-    if (timeout == nullptr) __trap();
-    *timeout = 1;
+// The end of a block: no other may still send to one that is gone. `alive` is the same for all of a warp, which has to
+// come to the others together.
+__device__ __forceinline__ void leave(bool alive, int* timeout) {
+    if (!alive) give_up(timeout);
+    cluster_sync();
 }
+
+#endif
 
 }  // namespace newllm

@@ -51,11 +51,11 @@ CudaSweepPlan plan_rows(const Sweep& sweep, int rows) {
 }  // namespace
 
 template <class Sweep>
-CudaSweepPlan plan_gated_cluster(const Sweep& sweep, int rows) {
+CudaSweepPlan plan_gated_cluster(const Sweep& sweep) {
     if (std::max(sweep.width, sweep.hidden) > kMostGatedBlocks * kGatedColumns || sweep.deeper > 0)
         return refused("the matrices are larger than what a cluster holds");
-    const CudaSweepPlan plan = plan_rows(sweep, rows ? rows : 1);
-    return rows || plan.kernel == nullptr || plan.clusters <= plan.at_once ? plan : plan_rows(sweep, kMostRows);
+    const CudaSweepPlan plan = plan_rows(sweep, 1);
+    return plan.kernel == nullptr || plan.clusters <= plan.at_once ? plan : plan_rows(sweep, kMostRows);
 }
 
 template <class Sweep>
@@ -69,8 +69,8 @@ const char* launch_gated_cluster(const Sweep& sweep, const CudaSweepPlan& plan, 
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-template CudaSweepPlan plan_gated_cluster(const GatedForward&, int);
-template CudaSweepPlan plan_gated_cluster(const GatedAdjoint&, int);
+template CudaSweepPlan plan_gated_cluster(const GatedForward&);
+template CudaSweepPlan plan_gated_cluster(const GatedAdjoint&);
 template const char* launch_gated_cluster(const GatedForward&, const CudaSweepPlan&, const CudaCall&);
 template const char* launch_gated_cluster(const GatedAdjoint&, const CudaSweepPlan&, const CudaCall&);
 

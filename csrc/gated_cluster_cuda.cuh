@@ -24,9 +24,11 @@ constexpr int kGatedWarps = 8;
 constexpr int kGatedThreads = 32 * kGatedWarps;
 constexpr int kMostGatedBlocks = 16;
 constexpr int kGatedColumns = 48;  // of a block
-constexpr int kReach = kMostGatedBlocks * kGatedColumns / kGatedWarps;  // columns of a warp of what arrives
+constexpr int kTiles = kGatedColumns / 16;  // of 16 columns, of a block
+constexpr int kSources = kMostGatedBlocks / kGatedWarps;  // blocks whose columns a warp takes of what arrives
+constexpr int kReach = kSources * kGatedColumns;          // columns of those
 constexpr int kStrips = 1 + kGates;   // matrices: of the context to the hidden layer, and of that to each gate
-constexpr int kPieces = kGatedColumns / 16 * kReach / 16;  // 16 x 16, of a strip, of a warp
+constexpr int kPieces = kTiles * kReach / 16;  // 16 x 16, of a strip, of a warp
 // Four lanes for each of the block's columns make it.
 constexpr int kMakers = 4 * kGatedColumns, kMakerWarps = kMakers / 32;
 
@@ -75,7 +77,7 @@ template <class Tile, class Sweep>
 struct GatedMember {
     static constexpr int kRows = Tile::kRows;
     using Layout = GatedLayout<Tile>;
-    using Sums = float[kGatedColumns / 16][4];
+    using Sums = float[kTiles][4];
 
     const Sweep& sweep;
     const int width, hidden, rank, warp, lane;
@@ -128,8 +130,8 @@ struct GatedMember {
         uint32_t words[4] = {};
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const int to = rank * kGatedColumns + piece % 3 * 16 + i / 2 % 2 * 8 + lane / 4;
-            const int from = warp * kReach + piece / 3 * 16 + lane % 4 * 4 + i / 4 * 2 + i % 2;
+            const int to = rank * kGatedColumns + piece % kTiles * 16 + i / 2 % 2 * 8 + lane / 4;
+            const int from = warp * kReach + piece / kTiles * 16 + lane % 4 * 4 + i / 4 * 2 + i % 2;
             const bool to_context = Tile::kAdjoint == (strip == 0);
             const int context = to_context ? to : from, inner = to_context ? from : to;
             if (context >= width || inner >= hidden) continue;
@@ -169,8 +171,8 @@ struct GatedMember {
             const uint4 x = quad(band);
             const uint32_t first = __byte_perm(x.x, x.y, half), second = __byte_perm(x.z, x.w, half);
 #pragma unroll
-            for (int m = 0; m < 3; m++) {
-                const int piece = strip * kPieces + band * 3 + m;
+            for (int m = 0; m < kTiles; m++) {
+                const int piece = strip * kPieces + band * kTiles + m;
                 if (resides(piece)) {
                     multiply_bfloat16(sums[m], weight[resident(piece)], first, second);
                 } else {
@@ -190,9 +192,9 @@ struct GatedMember {
         const float* const from = vector(kHiddenVector) + lane % 4 * 4;
         const int row = kRows == 1 ? 0 : lane / 8;
         const auto quad = [&](int band) {
-            const int block = warp * 2 + band / 3;
+            const int block = warp * kSources + band / kTiles;
             const float* const message = from + (block * kRows + row) * kGatedColumns;
-            return reinterpret_cast<const uint4*>(message)[band % 3 * 4];
+            return reinterpret_cast<const uint4*>(message)[band % kTiles * 4];
         };
         multiply(strip, quad, sums);
     }
@@ -201,7 +203,7 @@ struct GatedMember {
     __device__ __forceinline__ void put_part(int strip, const Sums& sums) const {
         float* const parts = at<float>(Layout::parts) + warp * Tile::kPartStride + strip * Tile::kStripStride;
 #pragma unroll
-        for (int m = 0; m < 3; m++)
+        for (int m = 0; m < kTiles; m++)
 #pragma unroll
             for (int upper = 0; upper < 2; upper++)
                 parts[(m * 2 + upper) * 32 + lane] = sums[m][2 * upper] + sums[m][2 * upper + 1];

@@ -269,8 +269,7 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
     GatedMember<Tile, typename Step::Sweep> member(sweep);
     member.begin();
     Step::run(member);
-    if (!member.alive && member.lane == 0) give_up(timeout);
-    cluster_sync();
+    leave(member.alive, timeout);
 #endif
 }
 

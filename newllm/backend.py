@@ -35,7 +35,8 @@ def _swept() -> frozenset[str]:
     return frozenset({"cpu", *cuda}) if info else frozenset()
 
 
-# Operator -> the device types for which it has a fused implementation.
+# Operator -> the device types for which it has a fused implementation. Jacobi's method of the context sweep
+# is in Triton, its other methods are in newllm._C.
 FUSED: dict[str, frozenset[str]] = {
     "memory_update": frozenset({"cuda"}),
     "memory_retrieve": frozenset({"cuda"}),
@@ -44,6 +45,7 @@ FUSED: dict[str, frozenset[str]] = {
     "infini_attention": frozenset({"cuda"}),
     "infini_decode": frozenset({"cuda"}),
     "context_sweep": _swept(),
+    "context_jacobi": frozenset({"cuda"}),
 }
 
 # A plain global: Dynamo guards it, which it can do neither for a ContextVar nor for a cached function.

@@ -78,11 +78,15 @@ def losses_of(dtype: torch.dtype, line: Line | None, *, broken: bool = False) ->
 
 
 def answers_of(dtype: torch.dtype, line: Line | None) -> list[Tensor]:
-    """The logits of the last tokens of prompts, as they are read and behind emptied memories."""
+    """The logits of the last tokens of prompts, as they are read and behind emptied memories.
+
+    The last prompts are as long as that.
+    """
     torch.manual_seed(3)
-    model, ids = tiny_senri().to(dtype), random_tokens(ROWS, 101)
+    model, prompts = tiny_senri().to(dtype), random_tokens(ROWS, 101)
     return [
         last_logits(model, ids, keep=4, chunk=16, before_answer=change, mesh=line)
+        for ids in (prompts, prompts[:, :4])
         for change in (None, zero_memories)
     ]
 

@@ -186,7 +186,7 @@ def is_literal_number(node: ast.AST | None) -> bool:
 
 
 def test_no_tolerance_is_tuned_by_hand() -> None:
-    """Bounds are derived from float64 and eps (newllm/testing.py); zero, that is equality, may be written."""
+    """Bounds are derived from float64 and eps (newllm/testing); zero, that is equality, may be written."""
     names = {"atol", "rtol", "abs", "rel"}
     literal = [
         f"{name}:{node.lineno}"

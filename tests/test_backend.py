@@ -21,6 +21,7 @@ OPERATORS = {
     "infini_attention",
     "infini_decode",
     "context_sweep",
+    "context_jacobi",
 }
 
 

@@ -224,6 +224,16 @@ def test_row_03_the_updater_is_told_by_bare_weights() -> None:
 # Losses
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_loss_comes_first_and_by_name(weight: float) -> None:
+    """As the Trainer looks for it."""
+    model, ids = tiny(reconstruction_weight=weight), random_tokens(2, 6)
+    found = model(ids, labels=ids)
+    assert found["loss"] is found.loss and found[0] is found.loss
+    assert torch.equal(model(ids, labels=ids, return_dict=False)[0], found.loss)
+    assert torch.equal(model(ids)[0], found.logits)
+
+
 def test_row_09_reconstruction_learns_and_its_targets_are_detached() -> None:
     model = tiny(reconstruction_weight=1.0).train()
     ids = random_tokens(4, 12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from newllm.ops import attention_fused as fused
 from newllm.testing import CASES, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, patch_once, window
+from tests.contracts import check_contracts
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -195,28 +195,12 @@ def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) 
             case.public(**case.inputs("changed", F32), backend="reference")
 
 
-def _noted(calls: dict[str, tuple[Any, ...]], name: str, op: Any, *args: Any) -> Any:
-    calls[name] = args
-    return op(*args)
-
-
-@pytest.mark.parametrize("changes", ["learned tanh padded stream", "no-memory"])
+@pytest.mark.parametrize("changes", ["learned tanh padded stream", "delta stream", "no-memory"])
 def test_contracts_hold(changes: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
-    calls: dict[str, tuple[Any, ...]] = {}
-    inner = {name: getattr(fused, name) for name in ("attention", "attention_backward")}
-    for name, op in inner.items():
-        monkeypatch.setattr(fused, name, partial(_noted, calls, name, op))
     case = layer(changes)
-    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=3, segment=2, window=3)
-    case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(inner["attention"], calls["attention"], test_utils=checks)
-    torch.library.opcheck(
-        inner["attention_backward"],
-        mapped(Tensor.detach, calls["attention_backward"]),
-        test_utils=checks[:2],
-    )
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=4, segment=2, window=3)
+    check_contracts(fused, "attention", case, inputs, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from newllm import backend
 from newllm.ops.jacobi_fused import context_jacobi, jacobi_sweep
 from newllm.reference import context as reference
 from newllm.testing import CASES, Inputs
@@ -52,8 +54,9 @@ def test_gpu_sweeps(batch: int, tokens: int, layers: int, width: int, dtype: tor
     judge(dtype, fused, batch=batch, tokens=tokens, input=16, width=width, layers=layers)
 
 
-def test_the_report_is_the_references() -> None:
-    given = inputs(F32, batch=2, tokens=12, width=20)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_report_is_the_references(layers: int) -> None:
+    given = inputs(F32, batch=2, tokens=12, width=20, layers=layers)
     for options in ({"tol": 0, "sweeps": 4}, {"tol": 0, "sweeps": 1}, {"tol": 1e-3, "sweeps": None}):
         expected = reference.jacobi_sweep(given["x"], given["params"], given["state"], **options)[2]
         found = swept(given["x"], given["params"], given["state"], **options)[2]
@@ -62,6 +65,37 @@ def test_the_report_is_the_references() -> None:
         for ours, theirs in ((found.residual, expected.residual), (found.rho, expected.rho)):
             close = (ours - theirs).abs() <= torch.finfo(F32).eps ** 0.5 * theirs.abs()
             assert close or (ours.isnan() and theirs.isnan())
+
+
+def test_only_the_last_layer_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its sweep before left, of which the first sweep has nothing."""
+    from newllm.kernels import context_jacobi as kernels
+
+    asked: list[bool] = []
+    layer = kernels.layer
+
+    def watched(entering: Any, before: Tensor | None, *rest: Any) -> Any:
+        asked.append(before is not None)
+        return layer(entering, before, *rest)
+
+    monkeypatch.setattr(kernels, "layer", watched)
+    given = inputs(F32, batch=2, tokens=6, width=20, layers=3)
+    swept(given["x"], given["params"], given["state"], tol=0, sweeps=3)
+    assert asked == [False] * 3 + [False, False, True] * 2
+
+
+def test_it_needs_no_native_extension(fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "newllm._C", None)
+    monkeypatch.setitem(backend.FUSED, "context_sweep", frozenset())
+    given = inputs(F32, batch=2, tokens=5, width=20)
+    expected = swept(given["x"], given["params"], given["state"], tol=0, sweeps=2)
+    for named in (None, "fused"):
+        found = JACOBI.public(**given, tol=0, sweeps=2, backend=named)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    with pytest.raises(
+        RuntimeError, match=f"context_sweep has no fused implementation for device type '{fused_device}'"
+    ):
+        CASE.public(**given, backend="fused")
 
 
 def test_a_nan_is_no_agreement() -> None:

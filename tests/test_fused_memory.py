@@ -15,6 +15,7 @@ from newllm.reference import memory as reference
 from newllm.reference.infini import _aligned_segments
 from newllm.testing import GPU_DRAWS, Draw, Inputs, OpCase, leaves, mapped
 from newllm.types import FeatureMap, MemoryState
+from tests.contracts import check_contracts
 from tests.memory_cases import EVERY, SIZES, VARIANTS, case_of, filled, judge, key_values, learned
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -197,15 +198,10 @@ CONTRACTS = [("memory_update", "delta"), ("memory_scan", "weights"), ("memory_re
 
 @pytest.mark.parametrize(("op", "variant"), CONTRACTS)
 def test_contracts_hold(op: str, variant: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake and autograd registration of what the public operator calls."""
-    inner = getattr(fused, op)
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(fused, op, lambda *args: calls.append(args) or inner(*args))
+    """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
     case = case_of(op)
     inputs = case.inputs(variant, F32, device=fused_device, kv_heads=1, tokens=5)
-    case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
-    checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(inner, calls[0], test_utils=checks)
+    check_contracts(fused, op, case, inputs, monkeypatch)
 
 
 @pytest.mark.parametrize("op", [*VARIANTS])

@@ -211,7 +211,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
     assert backend.sweep_limit(0, 60000) == "a row is wider than a block's shared memory holds"
     sizes = {"batch": 2, "tokens": 3, "input": 16, "width": 40, "hidden": 30, "layers": 1}
     given = CASE.inputs("gated", F32, device="cuda", **sizes) | {"method": "jacobi"}
-    with pytest.raises(ValueError, match="it has method 'jacobi' for the context cell on a GPU alone"):
+    with pytest.raises(ValueError, match="cannot run context_jacobi: it takes the context cell alone"):
         fused(**given)
     chosen, expected = ops.context_sweep(**given), ops.context_sweep(**given, backend="reference")
     assert torch.equal(chosen[0], expected[0])

@@ -46,7 +46,7 @@ def test_without_a_compiler_the_installation_is_pure(tree: Path) -> None:
         "import sys;"
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
         "from newllm import backend; print(backend.build_info()['native']);"
-        "print(sorted(backend.FUSED['context_sweep']));"
+        "print(*(sorted(backend.FUSED[f'context_{way}']) for way in ('sweep', 'jacobi')));"
         "print({c.op: c.reason for c in backend.explain()}['context_sweep'])"
     )
     env = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
@@ -55,7 +55,7 @@ def test_without_a_compiler_the_installation_is_pure(tree: Path) -> None:
     )
     assert said.stdout.splitlines() == [
         "absent: no C++ compiler worked when newllm was installed, or it runs from sources as they are",
-        "[]",
+        "[] ['cuda']",
         "context_sweep has no fused implementation for device type 'cpu'",
     ]
 

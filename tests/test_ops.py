@@ -20,7 +20,7 @@ ALL = [(op, variant) for op, case in CASES.items() for variant in case.variants]
 
 
 def test_every_operator_has_a_case() -> None:
-    assert set(CASES) == set(ops.__all__) == set(backend.FUSED)
+    assert set(CASES) == set(ops.__all__) == set(backend.FUSED) - {"context_jacobi"}  # a method of a sweep
     assert all(case.public is getattr(ops, op) for op, case in CASES.items())
 
 

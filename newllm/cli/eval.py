@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from newllm.data.text import Text
     from newllm.evaluation.passkey import Cell
     from newllm.evaluation.perplexity import PerplexityReport
+    from newllm.runs import Run
 
 _MIB = 2**20
 
@@ -99,41 +100,32 @@ def run_perplexity(options: PerplexityOptions) -> None:
     """Measure, draw, write and print."""
     from rich.console import Console
 
-    from newllm.backend import process
-    from newllm.cli.loading import load
-    from newllm.cli.ranks import check_ranks, line_over, rank_device
-    from newllm.data.text import load_text
+    from newllm.cli.ranks import line_over
     from newllm.data.tokenizer import encode
     from newllm.evaluation.control import remove_memories
     from newllm.evaluation.perplexity import perplexity_by_position
     from newllm.evaluation.plots import perplexity_figure
     from newllm.models.session import Session
-    from newllm.runs import Run, commit
+    from newllm.runs import commit
 
     if options.max_tokens is not None and options.max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {options.max_tokens}")
-    check_ranks(options.sequence_ranks)
-    text = load_text(options.text)
-    device = rank_device(options.device, options.sequence_ranks)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=device)
+    model, tokenizer, text = _opened(options)
     if not options.memory:
         remove_memories(model)
     session = Session(model, tokenizer, chunk=options.chunk)
     ids = encode(tokenizer, text.text)
     _check_length(ids, text, _window(model))
-    first = process()[0] == 0
-    folder = _folder(options.out, "perplexity", options.model)
-    record = Run(folder, _config(options, text), seed=0, writes=first)
-    head = commit()
+    record, head = _record(options, "perplexity", text, seed=0), commit()
     with line_over(options.sequence_ranks, model.device) as line:
         report = perplexity_by_position(
             session,
             ids[: options.max_tokens],
-            progress=first,
+            progress=record.writes,
             on_chunk=lambda chunk: record.log(**chunk._asdict()),
             mesh=line,
         )
-    if not first:
+    if not record.writes:
         return
     shared = {"suite": "perplexity", "model": options.model, "text": text.name, "memory": options.memory}
     rows = [
@@ -162,19 +154,13 @@ def run_passkey(options: PasskeyOptions) -> None:
     """Measure, draw, write and print."""
     from rich.console import Console
 
-    from newllm.backend import process
-    from newllm.cli.loading import load
-    from newllm.cli.ranks import check_ranks, line_over, rank_device
-    from newllm.data.text import load_text
+    from newllm.cli.ranks import line_over
     from newllm.evaluation.control import remove_memories
     from newllm.evaluation.passkey import passkey_recall
     from newllm.evaluation.plots import recall_figure
-    from newllm.runs import Run, commit
+    from newllm.runs import commit
 
-    check_ranks(options.sequence_ranks)
-    text = load_text(options.text)
-    device = rank_device(options.device, options.sequence_ranks)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=device)
+    model, tokenizer, text = _opened(options)
     window = _window(model)
     task = _task(tokenizer, text.text, options.key_length)
     _check_length(task.filler, text, window)
@@ -182,9 +168,7 @@ def run_passkey(options: PasskeyOptions) -> None:
     reach = model.config.num_hidden_layers * window if options.beyond_windows else 0
     for length in lengths:
         task.last_start(length, reach)
-    first, head = process()[0] == 0, commit()
-    folder = _folder(options.out, "passkey", options.model)
-    record = Run(folder, _config(options, text), seed=options.seed, writes=first)
+    record, head = _record(options, "passkey", text, seed=options.seed), commit()
     rows: list[dict[str, Any]] = []
     recall: dict[str, list[Cell]] = {}
     with line_over(options.sequence_ranks, model.device) as line:
@@ -206,11 +190,11 @@ def run_passkey(options: PasskeyOptions) -> None:
                 reach=reach,
                 seed=options.seed,
                 batch_tokens=options.batch_tokens,
-                progress=first,
+                progress=record.writes,
                 mesh=line,
                 on_cell=keep,
             )
-    if not first:
+    if not record.writes:
         return
     results = {"window": window, "recall": _by_multiple(recall, window), "rows": rows}
     path = record.result("results.json", results)
@@ -218,6 +202,28 @@ def run_passkey(options: PasskeyOptions) -> None:
     console = Console()
     console.print(_recall_table(recall))
     console.print(f"{path} and {picture}", highlight=False)
+
+
+def _opened(options: PerplexityOptions | PasskeyOptions) -> tuple[Any, Any, Text]:
+    """The model, its tokenizer and the text, in each of the processes that share it."""
+    from newllm.cli.loading import load
+    from newllm.cli.ranks import check_ranks, rank_device
+    from newllm.data.text import load_text
+
+    check_ranks(options.sequence_ranks)
+    text = load_text(options.text)
+    device = rank_device(options.device, options.sequence_ranks)
+    return *load(options.model, dtype=options.dtype, device=device), text
+
+
+def _record(options: PerplexityOptions | PasskeyOptions, suite: str, text: Text, *, seed: int) -> Run:
+    """The folder of the results, which the first process alone writes."""
+    from newllm.backend import process
+    from newllm.runs import Run
+
+    folder = options.out or f"runs/eval-{suite}-{Path(options.model).resolve().name}"
+    source = {"name": text.name, "characters": len(text.text), "sha256": text.sha256}
+    return Run(folder, {**asdict(options), "text": source}, seed=seed, writes=process()[0] == 0)
 
 
 def _window(model: Any) -> int:
@@ -229,15 +235,6 @@ def _check_length(ids: Tensor, text: Text, window: int) -> None:
         raise ValueError(
             f"text must hold at least one window of {window} tokens, got {len(ids)} tokens in {text.name}"
         )
-
-
-def _folder(out: str | None, suite: str, model: str) -> str:
-    return out or f"runs/eval-{suite}-{Path(model).resolve().name}"
-
-
-def _config(options: Any, text: Text) -> dict[str, Any]:
-    source = {"name": text.name, "characters": len(text.text), "sha256": text.sha256}
-    return {**asdict(options), "text": source}
 
 
 def _task(tokenizer: Any, text: str, key_length: int | None) -> PasskeyTask:

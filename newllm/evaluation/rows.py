@@ -24,7 +24,7 @@ class RowFile:
         self.path = Path(path)
         exists = self.path.exists()
         self.rows: list[Row] = read_rows(self.path, dict) if exists else []
-        self._cut_off = exists and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self._cut_off = exists and _is_cut_off(self.path)
 
     def find(self, identity: Mapping[str, Any]) -> Row | None:
         """The last row that agrees with ``identity`` in all that it names."""
@@ -42,6 +42,13 @@ class RowFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the last line lacks its end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 def weights_digest(model: nn.Module) -> str:

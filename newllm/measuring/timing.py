@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +69,7 @@ class Clock:
         must be warm.
         """
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-        least, most = rounds
-        end = time.perf_counter() + seconds
-        for done in range(most):
-            if done >= least and time.perf_counter() > end:
-                break
+        for _ in turns(seconds, rounds):
             for name, call in calls.items():
                 taken[name].append(self.once(call))
         return {name: summary(samples) for name, samples in taken.items()}
@@ -88,6 +84,16 @@ class Clock:
         call()
         self.synchronise()
         return float(torch.cuda.max_memory_allocated(self.device) - before) / 2**30
+
+
+def turns(seconds: float, rounds: tuple[int, int]) -> Iterator[int]:
+    """The numbers of as many rounds, within the least and the most of ``rounds``, as begin in ``seconds``."""
+    least, most = rounds
+    end = time.perf_counter() + seconds
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
+            return
+        yield number
 
 
 def summary(samples: list[tuple[float, float]]) -> Timed:

@@ -80,36 +80,18 @@ def _inputs(*tensors: Tensor | None) -> Any:
 
 
 @attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    matrix: Tensor | None,
-    norm: Tensor | None,
-    position: Tensor | None,
-    length: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    window: int | None,
-    segment: int,
-    gate: str,
-    rule: str,
-    eps: float,
-    reach: int | None,
-) -> tuple[Tensor, ...]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    given, call = dict(zip(TENSORS, inputs, strict=False)), Call(*inputs[len(TENSORS) :])
+    q, v = given["q"], given["v"]
     (batch, heads, tokens, key), (kv_heads, value) = q.shape, (v.shape[1], v.shape[3])
     out = q.new_empty(batch, heads, tokens, value)
     lse = out.new_empty(
         batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32
     )
     none = out.new_empty(0, dtype=torch.float32)
-    if beta is None:
+    if given["beta"] is None:
         return out, lse, *(none.new_empty(0) for _ in range(4))
-    segments = touched_segments(tokens, segment, position is not None)
+    segments = touched_segments(tokens, call.segment, given["position"] is not None)
     row = (batch, kv_heads)
     return (
         out,
@@ -181,22 +163,10 @@ def _(
     lse: Tensor,
     states: Tensor,
     norms: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    matrix: Tensor | None,
-    norm: Tensor | None,
-    position: Tensor | None,
-    length: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    *choices: Any,
+    *inputs: Any,
 ) -> tuple[Tensor, ...]:
-    primals = (q, k, v, beta, matrix, norm, scale, bias, weight)
+    given = dict(zip(TENSORS, inputs, strict=False))
+    primals = (given[name] for name in LEARNED)
     return tuple(out.new_empty(0) if x is None else x.new_empty(x.shape) for x in primals)
 
 
@@ -210,9 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     do, _, dmatrix, dnorm, *_ = gradients
     slopes = attention_backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
-    named = dict(
-        zip(("q", "k", "v", "beta", "matrix", "norm", "scale", "bias", "weight"), slopes, strict=True)
-    )
+    named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]
     return *given, *(None for _ in ctx.choices)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.ops.native import Runs, product, summed_outer, sweep
-from newllm.ops.shooting import Outcome, Sweep, block, carry
+from newllm.ops.native import Runs, kernel_of, product, summed_outer, sweep
+from newllm.ops.shooting import Outcome, Sweep, block, carry, once
 from newllm.reference.context import LAYER_NORM_EPS
 
 # Numbers with which a sweep reports how it was done: an Outcome.
@@ -76,7 +76,8 @@ def context_sweep(
         )
         return leaving
 
-    last, outcome = carry(forward, start, drive.shape[1], method, tol, sweeps, fallback)
+    kernel = kernel_of("ContextForward", len(drive), weight, width=width, layers=layers)
+    last, outcome = carry(forward, start, drive.shape[1], kernel, method, tol, sweeps, fallback)
     return outputs, last.clone(), reported(outcome)
 
 
@@ -171,7 +172,7 @@ def carry_back(adjoint: Sweep, later: Tensor, tokens: int, report: Tensor, tol: 
     if outcome.block and outcome.parts > 1:
         earlier, _ = block(adjoint, later, tokens, outcome.parts, outcome.warm_up, tol=tol, backwards=True)
     else:
-        earlier, _ = carry(adjoint, later, tokens, "sequential", tol, None, True)
+        earlier = once(adjoint, Runs(1, tokens), later)
     return earlier.clone()
 
 

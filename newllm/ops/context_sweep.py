@@ -80,7 +80,8 @@ def context_sweep(
     _check_shapes(x, params)
     tensors = _tensors(params)
     context, (x, *values) = checks.without_autocast(x, *tensors.values())
-    chosen = backends.resolve("context_sweep", x.device, backend, _declined(x, params, method))
+    kernels = "context_jacobi" if method == "jacobi" else "context_sweep"
+    chosen = backends.resolve(kernels, x.device, backend, _declined(x, params, method))
     cast: dict[str, Any] = dict(zip(tensors, values, strict=True))
     _check_places(x, cast)
     _check_state(state, x, params.weight_c.shape[-1])
@@ -100,8 +101,7 @@ def _declined(x: Tensor, params: ContextParams | GatedParams, method: str) -> st
     if x.dtype == torch.float64:
         return f"its sweeps take float16, bfloat16 and float32, got {x.dtype}"
     if method == "jacobi":
-        taken = x.device.type == "cuda" and isinstance(params, ContextParams)
-        return None if taken else "it has method 'jacobi' for the context cell on a GPU alone"
+        return None if isinstance(params, ContextParams) else "it takes the context cell alone"
     if x.device.type != "cuda":
         return None
     if isinstance(params, GatedParams):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from newllm.ops.context_fused import REPORT, carry_back, reported
-from newllm.ops.native import Runs, product, summed_outer, sweep
+from newllm.ops.native import Runs, kernel_of, product, summed_outer, sweep
 from newllm.ops.shooting import carry
 from newllm.reference.context import LAYER_NORM_EPS
 
@@ -43,23 +43,24 @@ def gated_sweep(
     parameters = {name: value.contiguous() for name, value in zip(names, values, strict=True)}
     drive = drive.contiguous()
     hidden, width = weight_c.shape
+    sizes = {"hidden": hidden, "deeper": len(weight_h)}
     outputs = drive.new_empty(*drive.shape[:2], width)
 
     def forward(runs: Runs, entering: Tensor) -> Tensor:
         entering = entering.contiguous()
         leaving = torch.empty_like(entering)
-        sizes = {"hidden": hidden, "deeper": len(weight_h), "clamp": clamp}
         sweep(
             "GatedForward",
             runs,
             parameters["weight_c"],
             width=width,
             by_token={"drive": drive, "outputs": outputs},
-            whole={**sizes, **parameters, "start": entering, "last": leaving},
+            whole={**sizes, "clamp": clamp, **parameters, "start": entering, "last": leaving},
         )
         return leaving
 
-    last, outcome = carry(forward, start, drive.shape[1], method, tol, sweeps, fallback)
+    kernel = kernel_of("GatedForward", len(drive), weight_c, width=width, **sizes)
+    last, outcome = carry(forward, start, drive.shape[1], kernel, method, tol, sweeps, fallback)
     return outputs, last.clone(), reported(outcome)
 
 

@@ -171,7 +171,7 @@ def jacobi_sweep(
 ) -> tuple[Tensor, Tensor, SweepInfo]:
     """As ``newllm.reference.context.jacobi_sweep``, from the ``start [B, C]``; contexts in float32."""
     drive = context_drive(x, params)
-    limit = min(sweeps or x.shape[1], x.shape[1])
+    limit, layers = min(sweeps or x.shape[1], x.shape[1]), len(params.weight_c)
     contexts: Tensor | None = None
     rows = rounded = contexts
     changes: list[Tensor] = []
@@ -180,7 +180,8 @@ def jacobi_sweep(
             zip(drive.unbind(2), params.weight_c, params.ln_weight, params.ln_bias, strict=True)
         ):
             shifted = start if layer == 0 else None
-            rows, again, last, change, _ = context_jacobi(added, *norm, rows, rounded, shifted, contexts)
+            before = contexts if layer == layers - 1 else None  # the last layer's change alone is reported
+            rows, again, last, change, _ = context_jacobi(added, *norm, rows, rounded, shifted, before)
             rounded = again if len(again) else None
         contexts = rows
         changes.append(change.detach())

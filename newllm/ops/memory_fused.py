@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+# How many inputs of a scan and of an update have gradients; they come first.
+_SCANNED, _UPDATED = 7, 6
 
 
 def _empty(k: Tensor, *shapes: Shape) -> tuple[Tensor, ...]:
     return tuple(k.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _gradients_like(k: Tensor, v: Tensor, *optional: Tensor | None) -> list[Tensor]:
-    """Gradients of keys and values, and of the optional inputs that are there."""
-    return [x.new_empty(x.shape) for x in (k, v, *optional) if x is not None]
+def _gradients_like(*inputs: Tensor | None) -> list[Tensor]:
+    """Gradients of the inputs that are there."""
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
 
 
 def _spread(found: list[Tensor], *inputs: Tensor | None) -> list[Tensor | None]:
@@ -122,17 +124,8 @@ def memory_scan_backward(
 
 
 @memory_scan_backward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    matrix: Tensor | None,
-    norm: Tensor | None,
-    weight: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    return _gradients_like(k, v, scale, bias, matrix, norm, weight)
+def _(*inputs: Any) -> list[Tensor]:
+    return _gradients_like(*inputs[:_SCANNED])
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,7 +141,7 @@ def _scan_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         return (None,) * 12
     saved = ctx.saved_tensors
     found = memory_scan_backward(*saved, *gradients, *ctx.options)
-    return *_spread(found, *saved[:7]), *(None,) * 5
+    return *_spread(found, *saved[:_SCANNED]), *(None,) * 5
 
 
 memory_scan.register_autograd(_scan_gradients, setup_context=_keep_scan)
@@ -223,16 +216,8 @@ def memory_update_backward(
 
 
 @memory_update_backward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    matrix: Tensor | None,
-    norm: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    return _gradients_like(k, v, scale, bias, matrix, norm)
+def _(*inputs: Any) -> list[Tensor]:
+    return _gradients_like(*inputs[:_UPDATED])
 
 
 def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,7 +232,7 @@ def _update_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         return (None,) * 11
     saved = ctx.saved_tensors
     found = memory_update_backward(*saved, *gradients, *ctx.options)
-    return *_spread(found, *saved[:6]), *(None,) * 5
+    return *_spread(found, *saved[:_UPDATED]), *(None,) * 5
 
 
 memory_update.register_autograd(_update_gradients, setup_context=_keep_update)
@@ -264,9 +249,7 @@ def memory_retrieve(
 
 
 @memory_retrieve.register_fake
-def _(
-    q: Tensor, matrix: Tensor, norm: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _(q: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], matrix.shape[3])
 
 
@@ -288,16 +271,9 @@ def memory_retrieve_backward(
 
 
 @memory_retrieve_backward.register_fake
-def _(
-    q: Tensor,
-    gradient: Tensor,
-    matrix: Tensor,
-    norm: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    return _gradients_like(q, matrix, norm, scale, bias)
+def _(q: Tensor, gradient: Tensor, *rest: Any) -> list[Tensor]:
+    *learned, _ = rest
+    return _gradients_like(q, *learned)
 
 
 def _keep_retrieve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

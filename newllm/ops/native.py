@@ -62,6 +62,14 @@ def sweep(
     getattr(_C, f"{name}_cuda")(task, plan, call)
 
 
+def kernel_of(kind: str, rows: int, weight: Tensor, **sizes: int) -> str:
+    """What carries out the sweep ``kind`` of so many rows on weight's device: "cpu", or a plan's kernel."""
+    if weight.device.type != "cuda":
+        return "cpu"
+    kernel: str = planned(kind, rows, weight.device.index, weight.dtype, **sizes).kernel
+    return kernel
+
+
 @lru_cache
 def planned(kind: str, rows: int, device: int, dtype: torch.dtype, **sizes: int) -> Any:
     """How a GPU carries out the sweep ``kind`` of so many rows.

@@ -19,10 +19,12 @@ from newllm.reference.context import NotContracting
 
 Sweep = Callable[[Runs, Tensor], Tensor]
 
-# The most rows that a device sweeps side by side, and what each costs beyond the first, in steps of one row.
+# The most rows that a device sweeps side by side.
 # A GPU's are those of seven clusters: tensor cores take more, but round contexts: borders would never agree.
 ROWS = {"cpu": 8, "cuda": 28}
-SHARE = {"cpu": 0.5, "cuda": 0.045}
+# What each row costs beyond the first, in steps of one row, by kernel. On the grid the rows share the blocks,
+# which leaves fewer to hold the matrices for each: 28 take 11 times as long as one.
+SHARE = {"cpu": 0.5, "cluster": 0.045, "tensor": 0.045, "grid": 0.37}
 # Tokens from which auto estimates rho: on a GPU that takes as long as some 500 steps.
 LEAST_TOKENS = {"cpu": 0, "cuda": 8192}
 # The block method has to promise so many times the speed of a single run: an estimate of rho that is too low
@@ -54,28 +56,36 @@ class Outcome(NamedTuple):
 
 
 def carry(
-    sweep: Sweep, entering: Tensor, tokens: int, method: str, tol: float, sweeps: int | None, fallback: bool
+    sweep: Sweep,
+    entering: Tensor,
+    tokens: int,
+    kernel: str,
+    method: str,
+    tol: float,
+    sweeps: int | None,
+    fallback: bool,
 ) -> tuple[Tensor, Outcome]:
     """Sweep all tokens by ``method``, auto, sequential or block: ``entering [B, C]`` to what leaves.
 
-    Raises NotContracting for a block sweep that does not converge and has no ``fallback``.
+    ``kernel`` carries ``sweep`` out, see ``native.kernel_of``. Raises NotContracting for a block sweep that
+    does not converge and has no ``fallback``.
     """
     batch, device = len(entering), entering.device
     least = {"auto": LEAST_GAIN, "block": 0.0}.get(method, math.inf)
     if method == "auto" and tokens < LEAST_TOKENS[device.type]:
         least = math.inf
-    if parts_of(batch, tokens, device, WARM_UP, least) == 1:
-        return _once(sweep, Runs(1, tokens), entering), Outcome(method == "block", 1, 0.0, math.nan)
+    if parts_of(batch, tokens, device, kernel, WARM_UP, least) == 1:
+        return once(sweep, Runs(1, tokens), entering), Outcome(method == "block", 1, 0.0, math.nan)
     rho = contraction(sweep, entering, tokens)
     warm_up = _forgetting(rho, tol)
-    parts = parts_of(batch, tokens, device, warm_up, least)
+    parts = parts_of(batch, tokens, device, kernel, warm_up, least)
     if parts == 1:
         if method == "block" and not fallback:
             raise NotContracting(
                 f"a token multiplies differences by about {rho:.3g}, which keeps them above tol = {tol:g} "
                 f"for more than half of the {tokens} tokens"
             )
-        return _once(sweep, Runs(1, tokens), entering), Outcome(False, 1, 0.0, rho)
+        return once(sweep, Runs(1, tokens), entering), Outcome(False, 1, 0.0, rho)
     fallback = fallback or method == "auto"
     leaving, outcome = block(
         sweep, entering, tokens, parts, warm_up, tol=tol, sweeps=sweeps, fallback=fallback
@@ -83,10 +93,12 @@ def carry(
     return leaving, outcome._replace(rho=rho)
 
 
-def parts_of(batch: int, tokens: int, device: torch.device, warm_up: int, least_gain: float) -> int:
+def parts_of(
+    batch: int, tokens: int, device: torch.device, kernel: str, warm_up: int, least_gain: float
+) -> int:
     """Into how many runs the block method best cuts each row; 1 where it does not promise ``least_gain``."""
     gains = {1: least_gain}
-    share = SHARE[device.type]
+    share = SHARE[kernel]
     for parts in range(2, min(ROWS[device.type] // batch, tokens // warm_up) + 1):
         steps = tokens / parts + warm_up
         gains[parts] = tokens / steps * (1 - share + share * batch) / (1 - share + share * batch * parts)
@@ -117,7 +129,7 @@ def block(
     # Tokens too few to go round are swept after all others, which backwards is before.
     rest = Runs(1, tokens % parts, parts * length)
     if rest.tokens and backwards:
-        entering = _once(sweep, rest, entering)
+        entering = once(sweep, rest, entering)
     border = Runs(parts, warm_up, 0 if backwards else length - warm_up, length)
     segments = _segments(Runs(parts, length, 0, length), SEGMENT[entering.device.type], backwards)
     leaving, outcome = _shoot(sweep, entering, border, segments, tol, sweeps or SWEEPS, backwards)
@@ -128,10 +140,10 @@ def block(
                 f"chunks of {length} tokens differ by {outcome.residual:.3g} at their borders after "
                 f"{outcome.sweeps} sweeps, and tol is {tol:g}"
             )
-        leaving = _once(sweep, Runs(1, parts * length), entering)
+        leaving = once(sweep, Runs(1, parts * length), entering)
         outcome = outcome._replace(sweeps=outcome.sweeps + 1, residual=0.0)
     if rest.tokens and not backwards:
-        leaving = _once(sweep, rest, leaving)
+        leaving = once(sweep, rest, leaving)
     return leaving, outcome
 
 
@@ -238,6 +250,6 @@ def _forgetting(rho: float, tol: float) -> int:
     return max(WARM_UP, math.ceil(math.log(min(1.0, tol / LARGEST)) / math.log(rho)))
 
 
-def _once(sweep: Sweep, runs: Runs, entering: Tensor) -> Tensor:
-    """A single run in each row."""
+def once(sweep: Sweep, runs: Runs, entering: Tensor) -> Tensor:
+    """A single run in each row: ``entering [B, C]`` to what leaves."""
     return sweep(runs, entering[:, None])[:, 0]

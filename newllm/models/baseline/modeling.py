@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from newllm.models.baseline.configuration import BaselineConfig
+from newllm.models.head import logits_and_loss
 
 
 class BaselineBlock(nn.Module):
@@ -68,8 +69,5 @@ class BaselineForCausalLM(PreTrainedModel):
         x = self.dropout(self.embed_tokens(input_ids) + self.embed_positions(place))
         for block in self.blocks:
             x = block(x)
-        logits = self.lm_head(self.norm(x))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        logits, loss = logits_and_loss(self, self.norm(x), labels)
         return CausalLMOutput(loss=loss, logits=logits)

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from newllm.models.context_kv.configuration import ContextKVConfig
 from newllm.models.context_lm.modeling import ContextBody, ContextPreTrainedModel
+from newllm.models.head import logits_and_loss
 from newllm.modules.context_block import ContextBlock, ContextLinear
 from newllm.modules.context_kv import ContextKVAttention
 from newllm.modules.padding import Packing
@@ -147,9 +148,5 @@ class ContextKVForCausalLM(ContextPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = logits_and_loss(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

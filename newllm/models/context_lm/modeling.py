@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from newllm.models.context_lm.configuration import ContextLMConfig
+from newllm.models.head import logits_and_loss
 from newllm.modules.cache import ContextCacheLayer, cache_layer
 from newllm.modules.context_block import BIAS_STD, WEIGHT_STD, ContextBlock, ContextLinear
 from newllm.modules.infini_attention import padding_mask
@@ -306,15 +307,14 @@ class ContextLMForCausalLM(ContextPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits, loss = logits_and_loss(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         made = ContextLMOutput(
-            logits=logits, past_key_values=outputs.past_key_values, contexts=outputs.contexts
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            contexts=outputs.contexts,
+            token_loss=loss,
         )
-        if labels is not None:
-            made.loss = made.token_loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, **kwargs
-            )
         if self.decoder is not None and labels is not None:
             real = real_tokens(attention_mask, logits.shape[1])
             self._reconstruct(made, outputs, real)

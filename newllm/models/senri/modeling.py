@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from newllm.models.head import logits_and_loss
 from newllm.models.senri.configuration import SenriConfig
 from newllm.models.senri.shared import collect, lend, segment_ends
 from newllm.modules.cache import InfiniCacheLayer, cache_layer
@@ -266,11 +267,7 @@ class SenriForCausalLM(SenriPreTrainedModel, GenerationMixin):
             segment_weight=segment_weight,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = logits_and_loss(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
