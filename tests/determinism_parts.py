@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,10 @@ from tests.reliability_parts import Options, in_parts
 from tests.row_families import FAMILIES, Sizes
 
 RUNS = 1000
+# Runs of which the device is asked for the verdicts at once: until then it always has something to do.
+_BUNCH = 20
+# Processes that use the GPU at the same time, and seconds until they must have begun.
+NEIGHBOURS, _PATIENCE = 2, 120.0
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -77,10 +83,15 @@ def differing(run: Callable[[], dict[str, Tensor]], runs: int) -> list[str]:
     """Which results of ``runs`` identical calls are not those of the first, bit for bit, and when."""
     first = {name: bits(x) for name, x in run().items()}
     found = []
-    for number in range(2, runs + 1):
-        again = run()
+    for start in range(2, runs + 1, _BUNCH):
+        other: dict[str, Tensor] = {}
+        for number in range(start, min(start + _BUNCH, runs + 1)):
+            again = run()
+            other |= {f"{name} in run {number}": (bits(again[name]) != x).any() for name, x in first.items()}
         found += [
-            f"{name} in run {number}" for name, x in first.items() if not torch.equal(bits(again[name]), x)
+            name
+            for name, differs in zip(other, torch.stack([*other.values()]).tolist(), strict=True)
+            if differs
         ]
     return found
 
@@ -101,12 +112,40 @@ def repeated(configuration: Configuration, device: str, runs: int) -> list[str]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many processes keep the GPU busy meanwhile: it then changes between them amid its kernels."""
+    context = get_context("spawn")
+    begun = context.Semaphore(0)
+    processes = [context.Process(target=_occupy, args=(begun,), daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        for _ in processes:
+            assert begun.acquire(timeout=_PATIENCE), "a neighbour did not begin"
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _occupy(begun: Any) -> None:
+    configuration = CONFIGURATIONS[0]
+    case, inputs = FAMILIES[configuration.family].case(configuration.option), configuration.inputs("cuda")
+    case.results(case.call, inputs)
+    begun.release()
+    while True:
+        case.results(case.call, inputs)
+
+
 def determinism(options: Options) -> bool:
-    """Every configuration so many times."""
+    """Every configuration so many times; a GPU is shared with other processes meanwhile."""
     runs, named = options.count or RUNS, {each.name: each for each in CONFIGURATIONS}
 
     def run(part: str) -> dict[str, object]:
         found = repeated(named[part], options.device, runs)
         return {"runs": runs, "threads": named[part].threads, "failures": found[:20]}
 
-    return in_parts("determinism", [options.part] if options.part else named, run, options)
+    with neighbours(NEIGHBOURS if options.device == "cuda" else 0):
+        return in_parts("determinism", [options.part] if options.part else named, run, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -36,8 +37,17 @@ class Hopper:
 
 def only_compile(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
     compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
-    shared, text = compiled.metadata.shared, compiled.asm["ptx"]
-    print(json.dumps([kernel.fn.__name__, shared, text.count("wgmma.mma_async")]), flush=True)
+    products = compiled.asm["ptx"].count("wgmma.mma_async")
+    found = [kernel.fn.__name__, compiled.metadata.shared, products, idle_barriers(compiled.asm["ttgir"])]
+    print(json.dumps(found), flush=True)
+
+
+def idle_barriers(text: str) -> list[str]:
+    """Barriers that no partition is given: their memory holds something else as soon as they are made."""
+    made = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\w+xi64", text)
+    (given,) = re.findall(r"ttg\.warp_specialize\(([^)]*)\)", text)
+    assert made, "no barrier was found"
+    return sorted({*made} - {*given.split(", ")})
 
 
 def rows(heads: int, width: int = D) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from newllm.testing import GPU_DRAWS
 from tests.attention_cases import Launches, judge, layer, window
+from tests.determinism_parts import CONFIGURATIONS, NEIGHBOURS, neighbours, repeated
 from tests.test_fused_attention_gpu import OPTIONS, sized
 
 pytestmark = [
@@ -70,3 +71,10 @@ def test_which_kernels_run(
     launches = Launches(monkeypatch)
     case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
     assert {name for name in launches.names if name.endswith("_hopper_kernel")} == expected
+
+
+def test_a_device_that_changes_between_processes_gives_the_same_bits() -> None:
+    named = {(each.family, each.option, each.dtype): each for each in CONFIGURATIONS}
+    with neighbours(NEIGHBOURS):
+        assert repeated(named["window", "", BF16], "cuda", 600) == []
+        assert repeated(named["layer", "learned", BF16], "cuda", 300) == []

@@ -24,10 +24,12 @@ def test_the_kernels_for_hopper_compile_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in found] == [
+    assert [name for name, *_ in found] == [
         f"_infini_attention_{part}_hopper_kernel"
         for part in ("backward_keys", "backward_keys", *("forward", "backward_queries") * 2)
     ]
-    for name, shared, products in found:
+    for name, shared, products, idle_barriers in found:
         assert shared <= SHARED_MEMORY, name
         assert products > 0, name
+        # A tile in a dead barrier's memory is overwritten where a device changes between processes.
+        assert idle_barriers == [], name
