@@ -156,7 +156,8 @@ def _infini_attention_backward_keys_hopper_kernel(
     q, do, k, v, lse, delta, dk, dv, position, length, H, HKV, T, P, W, per_head,
     D: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    # Filled once: a barrier that says when a place is free again would be dead memory, which a tile would share.
+    # Filled once. A barrier for places that are free again would be dead at once, and a tile take its memory:
+    # where a device changes between processes, it writes what a barrier was made with once more.
     own_k = gl.allocate_shared_memory(k.dtype, [CONSUMERS, 1, 1, ROWS, D], k.layout), barriers(CONSUMERS, 1)
     q_ring = ring(q, STAGES, BT, D)
     # Filled along with keys and queries.
