@@ -22,6 +22,7 @@ from newllm.training.batches import NeedleBatches
 from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
 from newllm.training.dilution import dilution_weights, ramp
 from newllm.training.groups import parameter_groups
+from newllm.training.outputs import curves
 from newllm.training.scratch import scratch_model, window_only
 from newllm.training.trainer import LanguageTrainer
 
@@ -55,8 +56,29 @@ def trained(
     return made
 
 
+class Spoil(TrainerCallback):
+    """Puts a NaN into a weight after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = torch.nan
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
+    config = TrainConfig(steps=8, lr=1e-3, log_steps=2, save_steps=2)
+    with pytest.raises(RuntimeError, match=r"the loss was nan within steps 5 to 6, .* up to step 4 are good"):
+        trained(tmp_path, config, Spoil(4))
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
+    assert not (tmp_path / "last").exists()
+    curves(rows(tmp_path)).savefig(tmp_path / "curves.png")
 
 
 def test_memory_parameters_have_their_own_rate_and_no_decay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -64,6 +65,34 @@ class RunLog(TrainerCallback):
         if "loss" in logs:
             logs["tokens_per_second"] = round(self.throughput.rate(), 1)
         self.run.log(step=state.global_step, **logs, **gates)
+
+
+class Finite(TrainerCallback):
+    """Ends a training whose loss is no finite number any more, for then its weights are none either.
+
+    Raises RuntimeError with the steps where it happened. In float16, steps of too large gradients are left
+    out by the scaler, so a single loss says nothing there.
+    """
+
+    def __init__(self) -> None:
+        self._finite = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Look at the mean loss since the last look."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss) and not args.fp16:
+            raise RuntimeError(
+                f"the loss was {loss} within steps {self._finite + 1} to {state.global_step}, and the "
+                f"weights are lost; checkpoints up to step {self._finite} are good, and a lower train.lr may help"
+            )
+        self._finite = state.global_step
 
 
 class _Lines:

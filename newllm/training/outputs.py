@@ -37,7 +37,7 @@ def curves(rows: Rows) -> Figure:
             points = [(row["step"], float(of(row[key]))) for row in rows if key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, label=label, marker=".", markersize=3)
-                drawn += [value for _, value in points]
+                drawn += [value for _, value in points if np.isfinite(value)]
         axes.set_ylabel(name)
         axes.set_ylim(0, upper_limit(drawn))
         axes.grid(alpha=0.3)

@@ -17,7 +17,7 @@ from newllm.files import reading, writing
 from newllm.runs import Run
 from newllm.training.arguments import training_arguments
 from newllm.training.best import best_evaluation, stale_evaluations
-from newllm.training.callbacks import Clipping, Interrupt, Progress, RunLog, Throughput
+from newllm.training.callbacks import Clipping, Finite, Interrupt, Progress, RunLog, Throughput
 from newllm.training.carry import CarriedStates
 from newllm.training.checkpoints import Checkpoints, replace_folder, step_of
 from newllm.training.config import TrainConfig
@@ -80,6 +80,7 @@ class LanguageTrainer(Trainer):
             callbacks=[
                 AtStart(self._take_up),
                 RunLog(run, model, self._throughput),
+                Finite(),
                 self._interrupt,
                 Clipping(config),
                 *([Progress(self._throughput)] if progress else []),
