@@ -90,7 +90,8 @@ class Finite(TrainerCallback):
         if not math.isfinite(loss) and not args.fp16:
             raise RuntimeError(
                 f"the loss was {loss} within steps {self._finite + 1} to {state.global_step}, and the "
-                f"weights are lost; checkpoints up to step {self._finite} are good, and a lower train.lr may help"
+                f"weights are lost; checkpoints up to step {self._finite} are good, "
+                "and a lower train.lr may help"
             )
         self._finite = state.global_step
 
