@@ -2,10 +2,11 @@
 
 ``python benchmarks/train_step.py`` writes ``benchmarks/results/train_step.jsonl`` and prints tokens/s, the
 peak of memory beyond weights and optimiser, and the share of attention. All models are compiled alike and
-train in bfloat16 autocast with AdamW at batch 1. Each model at each length has a process of its own: all are
-compiled side by side, and then the three of a length take turns on the device. One that fails is named, in
-its row too, and the others go on; the file is written anew after each length. Without a GPU it runs a tiny
-shape, into ``runs/bench``.
+train in bfloat16 autocast with AdamW at batch 1; ``--cuda-graphs`` replays both passes as CUDA graphs, so
+that no time is lost to launching kernels. Each model at each length has a process of its own: all are compiled
+side by side, and then the three of a length take turns on the device. One that fails is named, in its row too, and
+the others go on; the file is written anew after each length. Without a GPU it runs a tiny shape, into
+``runs/bench``.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def training_step(
     loss = loss_of if backend is None else torch.compile(loss_of, backend=backend)
 
     def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             value = loss(ids)
         value.backward()
@@ -130,7 +132,7 @@ def attention_layers(
     return [(layers - 2, windowed), (2, remembering)] if name == SENRI else [(layers, windowed)]
 
 
-def compiling(wait: Wait) -> Backend:
+def compiling(wait: Wait, cuda_graphs: bool) -> Backend:
     """Inductor, on both passes at once; with the first graph compiled, wait."""
     waits = iter([wait])
 
@@ -139,7 +141,7 @@ def compiling(wait: Wait) -> Backend:
 
         # Else the backward pass would be compiled when it first runs, in the turn of this process.
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-            compiled = compile_fx(graph, inputs)
+            compiled = compile_fx(graph, inputs, config_patches={"triton.cudagraphs": cuda_graphs})
         for each in waits:
             each()
         return compiled  # type: ignore[no-any-return]
@@ -148,8 +150,9 @@ def compiling(wait: Wait) -> Backend:
 
 
 def prepare(
-    wait: Wait, name: str, tokens: int, window: int, checkpointing: bool, compiled: bool, threads: int
-) -> tuple[dict[str, Any], dict[str, Callable[[], Samples]]]:
+    wait: Wait, name: str, tokens: int, window: int, checkpointing: bool, compiled: bool, cuda_graphs: bool,
+    threads: int,
+) -> tuple[dict[str, Any], dict[str, Callable[[], Samples]]]:  # fmt: skip
     """One model at one length, warm: its peak of memory, and turns of its step and of its attention."""
     device = training_device()
     sizes = SMOLLM2 if device.type == "cuda" else TINY
@@ -161,7 +164,7 @@ def prepare(
     for _, call in layers:
         # Kernels of our own are compiled when they first run: better now, beside the others.
         call()
-    step = training_step(model, ids, checkpointing, compiling(wait) if compiled else None)
+    step = training_step(model, ids, checkpointing, compiling(wait, cuda_graphs) if compiled else None)
     if not compiled:
         wait()
     with torch._inductor.config.patch(compile_threads=threads):
@@ -202,7 +205,8 @@ def start(args: argparse.Namespace) -> dict[int, dict[str, Worker]]:
 
     def worker(name: str, tokens: int) -> Worker:
         checkpointing = tokens >= args.checkpointing_from
-        return Worker(prepare, name, tokens, args.window, checkpointing, args.compile, threads)
+        choices = (checkpointing, args.compile, args.cuda_graphs)
+        return Worker(prepare, name, tokens, args.window, *choices, threads)
 
     return {tokens: {name: worker(name, tokens) for name in names} for tokens in args.tokens}
 
@@ -235,7 +239,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "suite": "train_step", "op": "training step", "direction": "step", "batch": 1,
         "shape": "SmolLM2-135M" if on_gpu else "tiny", "window": args.window, "segment": args.window,
-        "compiled": args.compile, "dtype": "bfloat16 autocast", "floor_ms": None,
+        "compiled": args.compile, "cuda_graphs": args.cuda_graphs,
+        "dtype": "bfloat16 autocast", "floor_ms": None,
         "device": made["devices"], "torch": made["torch"], "triton": made["triton"],
         "commit": args.commit, "date": made["date"], "run": uuid.uuid4().hex[:12],
     }  # fmt: skip
@@ -295,6 +300,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=450.0, help="seconds for all; what is late has failed")
     parser.add_argument("--checkpointing-from", type=int, default=65_536, help="recompute from here on")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--commit", default=commit(), help="of a checkout without its history")
     parser.add_argument("--out", type=Path, help="file of the rows")
     args = parser.parse_args()

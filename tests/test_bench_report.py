@@ -55,6 +55,21 @@ def test_bars_are_those_that_were_asked_for() -> None:
     }
 
 
+def test_training_steps_stand_in_a_table() -> None:
+    where = {"device": "a GPU", "dtype": "bfloat16", "torch": "2", "triton": "3"}
+    shared = {**where, "shape": "tiny", "window": 16, "commit": "0123456789abcdef", "date": "2026-01-02T03"}
+    found = {"tokens_per_second": 1234.5, "gib": 1.26, "attention_share": 0.25}
+    failed = dict.fromkeys(found)
+    rows = [
+        {**shared, "impl": "newllm", "tokens": 2048, **found},
+        {**shared, "impl": "full", "tokens": 2048, **failed},
+        {**shared, "impl": "newllm", "tokens": 4096, **found, "gib": None},
+    ]
+    _, table, origin = report.training_steps(rows)
+    assert table.splitlines()[2:] == ["| 2,048 | 1,234 (1.3 GiB, 25%) |  |", "| 4,096 | 1,234 |  |"]
+    assert "commit 0123456789ab, 2026-01-02" in origin
+
+
 def standing(bar: bars.Bar, own: dict[str, Any], other: dict[str, Any]) -> tuple[float | None, str, str]:
     keys = ("op", "impl", "variant", "shape", "direction")
     rows = {
