@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import quicken
 from processes import device_share
 from source_tree import ROOT
 
@@ -43,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter as the tests need it, where it runs the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available() and backend.installed("triton"):
+            quicken(patch)
+        yield
 
 
 @pytest.fixture
