@@ -9,6 +9,8 @@ import tempfile
 
 # Read when huggingface_hub is first imported, so it has to be set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread, in processes that tests start, too: their tensors are small, and sums come out alike anywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from newllm import backend
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread: the tensors of tests are small, and sums come out alike whatever the machine.
+# Where a plugin has imported PyTorch before.
 torch.set_num_threads(1)
 
 # No deadline, since the first call of an operator may compile; derandomised, so that a red test stays red.
