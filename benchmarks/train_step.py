@@ -2,9 +2,9 @@
 
 ``python benchmarks/train_step.py`` writes ``benchmarks/results/train_step.jsonl`` and prints tokens/s, the
 peak of memory beyond weights and optimiser, and the share of attention. All models are compiled alike and
-train in bfloat16 autocast with AdamW at batch 1; ``--cuda-graphs`` replays both passes as CUDA graphs, so
-that no time is lost to launching kernels. Each model at each length has a process of its own: all are compiled
-side by side, and then the three of a length take turns on the device. One that fails is named, in its row too, and
+train in bfloat16 autocast with AdamW at batch 1; ``--cuda-graphs`` replays both passes as CUDA graphs, which
+loses no time to launching kernels. Each model at each length has a process of its own: all are compiled side
+by side, and then the three of a length take turns on the device. One that fails is named, in its row too, and
 the others go on; the file is written anew after each length. Without a GPU it runs a tiny shape, into
 ``runs/bench``.
 """

@@ -1,4 +1,4 @@
-"""Calls of the attention operators: the plain case with any of several changes, and a faster interpreter."""
+"""Calls of the attention operators: the plain case with any of several changes."""
 
 from __future__ import annotations
 
@@ -210,27 +210,6 @@ def in_calls(
         out, state = ops.infini_attention(**call, **mask, **inputs, backend=backend)
         outs.append(out)
     return torch.cat(outs, 2), state
-
-
-def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter patch Triton's language once a launch instead of at every call of a function."""
-    from triton.runtime import interpreter
-
-    patched: set[Any] = set()
-    launch = interpreter.GridExecutor.__call__
-
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        patched.clear()
-        launch(self, *args, **kwargs)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn not in patched:
-            patched.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 class Launches:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import tempfile
 
 # Read when huggingface_hub is first imported, so it has to be set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread, in processes that tests start, too: their tensors are small, and sums come out alike anywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import quicken
 from processes import device_share
 from source_tree import ROOT
 
@@ -27,7 +31,7 @@ from newllm import backend
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread: the tensors of tests are small, and sums come out alike whatever the machine.
+# Where a plugin has imported PyTorch before.
 torch.set_num_threads(1)
 
 # No deadline, since the first call of an operator may compile; derandomised, so that a red test stays red.
@@ -43,6 +47,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection of a test look through what all modules hold: that takes it half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What was set aside may be freed."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter as the tests need it, where it runs the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available() and backend.installed("triton"):
+            quicken(patch)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import yaml
@@ -223,14 +224,16 @@ def ancestors(name: str) -> list[str]:
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
+@cache
+def function_names() -> tuple[str, ...]:
+    """Of all functions in tests."""
+    nodes = (node for name in sources("tests/") for node in ast.walk(parse(name)))
+    return tuple(node.name for node in nodes if isinstance(node, ast.FunctionDef))
+
+
 @pytest.mark.parametrize("row", ROWS_DUE)
 def test_checklist_row_has_a_test(row: int) -> None:
-    tests = [
-        node.name
-        for name in sources("tests/")
-        for node in ast.walk(parse(name))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith(f"test_row_{row:02d}_")
-    ]
+    tests = [name for name in function_names() if name.startswith(f"test_row_{row:02d}_")]
     assert tests, f"no test function is named test_row_{row:02d}_..."
 
 

@@ -196,21 +196,22 @@ def test_padding_anywhere_leaves_no_trace(options: dict[str, Any]) -> None:
 # Files
 
 
-@pytest.mark.parametrize("options", [KINDS[0], KINDS[3]], ids=str)
-def test_row_08_auto_classes_in_a_fresh_process(options: dict[str, Any], tmp_path: Path) -> None:
-    model, ids = tiny(**options), torch.arange(1, 8)[None]
-    model.save_pretrained(tmp_path)
+def test_row_08_auto_classes_in_a_fresh_process(tmp_path: Path) -> None:
+    made = {str(place): tiny(**KINDS[place]) for place in (0, 3)}
+    for name, model in made.items():
+        model.save_pretrained(tmp_path / name)
     code = (
         "import sys, torch, newllm.models; from transformers import AutoModelForCausalLM as Auto;"
-        "model = Auto.from_pretrained(sys.argv[1]).eval();"
-        "print(type(model).__name__, model(torch.arange(1, 8)[None]).logits.double().sum().item())"
+        "models = [Auto.from_pretrained(folder).eval() for folder in sys.argv[1:]];"
+        "[print(type(m).__name__, m(torch.arange(1, 8)[None]).logits.double().sum().item()) for m in models]"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    name, total = done.stdout.split()
-    assert name == "ContextLMForCausalLM"
-    close(torch.tensor(float(total)), logits(model, ids).double().sum().float())
+    folders = [str(tmp_path / name) for name in made]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    for model, line in zip(made.values(), done.stdout.splitlines(), strict=True):
+        name, total = line.split()
+        assert name == "ContextLMForCausalLM"
+        expected = logits(model, torch.arange(1, 8)[None]).double().sum().float()
+        close(torch.tensor(float(total)), expected)
 
 
 def test_row_03_the_updater_is_told_by_bare_weights() -> None:

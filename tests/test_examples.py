@@ -90,8 +90,15 @@ def test_scripts_refuse(tmp_path: Path) -> None:
     assert bash(SHARED, "dolly", "--log", cwd=tmp_path).stderr == "colab_train.sh: --log needs a value\n"
 
 
-def test_script_starts_logs_and_stops_only_itself(tmp_path: Path) -> None:
-    """With pip and the training taken over by a stand-in for Python, which waits for its signal."""
+def test_script_starts_logs_and_stops_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pip and the training taken over by a stand-in for Python, which waits for its signal.
+
+    That says its first word sooner than a training: the script waits three seconds for it, not ten.
+    """
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 3\n")
+    (tmp_path / "bin" / "sleep").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     python = tmp_path / "python"
     python.write_text(
         f"""#!{sys.executable}

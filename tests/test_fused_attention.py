@@ -12,16 +12,10 @@ from torch import Tensor
 from newllm.ops import attention_fused as fused
 from newllm.testing import CASES, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
-from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, patch_once, window
+from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, window
 from tests.contracts import check_contracts
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        patch_once(monkeypatch)
 
 
 CASE_ROWS = [

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.processes import Processes, command, exit_codes, succeeded
 from tests.training_parts import SENTENCE, rows
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
     "train", "senri", "--model.hidden-size", "16", "--model.intermediate-size", "32", "--model.window", "8",
     "--stream.kind", "ordered", "--stream.length", "32", "--stream.rows", "2",
@@ -22,22 +19,16 @@ WORDS = [
 ]  # fmt: skip
 
 
-def start(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, steps: int) -> Processes:
     """The training, begun or resumed, in a process of its own."""
-    text = folder / "text"
+    text, place = folder / "text", folder / f"{name} process"
     if not text.exists():
         text.mkdir()
         for number in range(12):
             (text / f"{number:02}.txt").write_text(SENTENCE[number:] * (number + 3))
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    with (folder / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [
-                sys.executable, "-m", "newllm", *WORDS, "--train.steps", str(steps),
-                "--data", str(text), "--out", str(folder / name),
-            ],
-            cwd=ROOT, env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+    place.mkdir(exist_ok=True)
+    options = ["--train.steps", str(steps), "--data", str(text), "--out", str(folder / name)]
+    return command([*WORDS, *options], 1, place)
 
 
 def last_step(out: Path) -> int:
@@ -49,8 +40,7 @@ def last_step(out: Path) -> int:
 
 
 def finish(folder: Path, name: str, steps: int) -> None:
-    process = start(folder, name, steps)
-    assert process.wait(300) == 0, (folder / f"{name}.log").read_text()[-2000:]
+    succeeded(start(folder, name, steps), folder / f"{name} process")
 
 
 def killed_and_resumed(folder: Path, kills: int, steps: int, seed: int) -> list[int]:
@@ -60,12 +50,13 @@ def killed_and_resumed(folder: Path, kills: int, steps: int, seed: int) -> list[
     moments = [int(share * (kill + lots.random())) + 2 for kill in range(kills)]
     found = []
     for moment in moments:
-        process = start(folder, "killed", steps)
-        while last_step(folder / "killed") < moment and process.poll() is None:
+        started = start(folder, "killed", steps)
+        (process,) = started.processes
+        while last_step(folder / "killed") < moment and process.is_alive():
             time.sleep(0.005)
         time.sleep(lots.random() * 0.06)
         process.kill()
-        assert process.wait(60) == -9, (folder / "killed.log").read_text()[-2000:]
+        assert exit_codes(started) == [-9], (folder / "killed process" / "log").read_text()[-2000:]
         found.append(last_step(folder / "killed"))
     finish(folder, "killed", steps)
     return found

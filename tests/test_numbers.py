@@ -14,7 +14,6 @@ import torch
 from newllm import ops
 from newllm.testing import CASES
 from tests import number_parts
-from tests.attention_cases import patch_once
 from tests.fuzz_families import KINDS, cut, drawn
 from tests.number_parts import CASES_A_PART, FUZZ, judge_case, look
 from tests.reliability_parts import Options, Verdict, in_parts, judged_by_many, summary
@@ -24,12 +23,6 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 # The interpreter takes a minute for all of them, a GPU seconds.
 FULL = () if torch.cuda.is_available() else (pytest.mark.slow,)
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        patch_once(monkeypatch)
 
 
 # Rows and cases

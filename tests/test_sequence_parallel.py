@@ -18,7 +18,6 @@ from newllm.distributed.sequence_parallel import sequence_attention, slice_bound
 from newllm.testing import assert_no_worse, assert_rounding, largest
 from newllm.types import InfiniState
 from tests import sequence_ranks as ranks
-from tests.attention_cases import patch_once
 from tests.processes import spawned
 from tests.sequence_ranks import ALONE, CASES, SIZES
 
@@ -225,15 +224,11 @@ def test_messages_travel_while_the_window_is_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "window", "segment"), [("linear", 32, 32), ("delta", 32, 32), ("linear", 24, 16)]
 )
-def test_kernels_go_on_behind_earlier_keys(
-    rule: str, window: int, segment: int, fused_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_go_on_behind_earlier_keys(rule: str, window: int, segment: int, fused_device: str) -> None:
     """A slice behind another's keys and memory: the bits of one call, and the reference's gradients.
 
     The window need not be a multiple of the segment.
     """
-    if fused_device == "cpu":
-        patch_once(monkeypatch)
     q, k, v = (torch.randn(1, heads, 96, 8, device=fused_device) for heads in (2, 1, 1))
     beta = torch.tensor([-1.0, 1.0], device=fused_device)
     options: dict[str, Any] = {"mesh": ALONE, "window": window, "segment": segment, "rule": rule}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ pytest.importorskip("openai")
 
 import httpx2
 from openai import OpenAI
-from source_tree import ROOT
 
 from newllm import Session
 from newllm.cli import main
 from newllm.models.files import save_model
+from tests.processes import command
 from tests.serving_parts import talker
 
 
@@ -37,25 +37,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def process(folder: Path, sessions: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], OpenAI]]:
+def process(folder: Path, sessions: Path, *options: str) -> Iterator[tuple[BaseProcess, OpenAI]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["serve", str(folder), "--port", str(port), "--sessions", str(sessions), *options]
-    command = [sys.executable, "-m", "newllm", *words]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as server:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(server, url)
-            yield server, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        finally:
-            server.kill()
+    (server,) = command(words, 1, folder.parent).processes
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(server, url)
+        yield server, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    finally:
+        server.kill()
+        server.join()
 
 
-def wait_for(server: subprocess.Popen[bytes], url: str) -> None:
+def wait_for(server: BaseProcess, url: str) -> None:
     end = time.monotonic() + 120
     while True:
-        assert server.poll() is None and time.monotonic() < end, "the server did not start"
+        assert server.is_alive() and time.monotonic() < end, "the server did not start"
         try:
             if httpx2.get(f"{url}/health").status_code == 200:
                 return
@@ -73,8 +73,9 @@ def test_killed_server_goes_on_from_the_last_saved_session(folder: Path, tmp_pat
             heard += piece.choices[0].text
             if piece.model_extra["newllm"]["tokens"] > 100:
                 break
-        server.send_signal(signal.SIGKILL)
-        server.wait(30)
+        server.kill()
+        server.join(30)
+        assert server.exitcode == -signal.SIGKILL
     names = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert names == ["one.safetensors"]
     from newllm.models.files import load_senri, load_tokenizer
@@ -99,8 +100,10 @@ def test_interrupted_server_keeps_what_was_begun(folder: Path, tmp_path: Path) -
         asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"session": "one"}}
         stream = client.completions.create(prompt="Hello", stream=True, max_tokens=100_000, **asked)
         next(stream)
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGINT)
+        server.join(60)
+        assert not server.is_alive()
     assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
 
 

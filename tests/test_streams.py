@@ -11,7 +11,13 @@ from hypothesis import example, given, settings, strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from newllm import Session
-from newllm.models import ContextKVConfig, ContextKVForCausalLM, ContextLMConfig, ContextLMForCausalLM
+from newllm.models import (
+    ContextKVConfig,
+    ContextKVForCausalLM,
+    ContextLMConfig,
+    ContextLMForCausalLM,
+    session_input,
+)
 from newllm.models.sampling import Sampling
 from newllm.models.session_batch import SessionBatch
 from tests.tiny_models import SIZES, VOCABULARY, random_tokens, tiny_senri
@@ -104,17 +110,19 @@ def test_fork_goes_its_own_way() -> None:
     assert said(session) == expected
 
 
-def test_text_in_pieces_is_read_to_its_end() -> None:
+def test_text_in_pieces_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are joined to pieces, two whole ones and a rest, each of which takes several passes."""
     from newllm.data.tokenizer import byte_tokenizer
 
+    monkeypatch.setattr(session_input, "_PIECE", 6500)
     tokenizer = byte_tokenizer()
     model = tiny_senri(vocab_size=len(tokenizer)).double()
-    text, passes = "It is a truth universally acknowledged. " * 4000, []
-    whole, streamed = Session(model, tokenizer, chunk=9000), Session(model, tokenizer, chunk=9000)
+    text, passes = "It is a truth universally acknowledged.\n" * 400, []
+    whole, streamed = Session(model, tokenizer, chunk=900), Session(model, tokenizer, chunk=900)
     whole.feed(text)
     streamed.feed(iter(text.splitlines(keepends=True)), progress=passes.append)
     assert streamed.tokens == whole.tokens == [len(text)]
-    assert sum(passes) == len(text) and max(passes) == 9000
+    assert sum(passes) == len(text) and max(passes) == 900
     assert streamed.generate(max_new_tokens=9) == whole.generate(max_new_tokens=9)
     pieces = Session(model, tokenizer)
     pieces.feed(text[start : start + 1000] for start in range(0, len(text), 1000))
