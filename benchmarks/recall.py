@@ -92,12 +92,13 @@ def preset(name: str, command: str, dotted: list[str]) -> dict[str, Any]:
     return values
 
 
-def train(name: str, args: argparse.Namespace, changes: list[str]) -> float:
-    """Train unless it was done; seconds it took, all told."""
+def train(name: str, args: argparse.Namespace, changes: list[str]) -> float | None:
+    """Train, and the seconds it took, all told; None where it was done before."""
     began, out = time.monotonic(), args.out / name
-    if not (out / "last").is_dir():
-        values = preset(args.preset, "train recall", [*args.set, *changes, f"train.seed={args.seed}"])
-        run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
+    if (out / "last").is_dir():
+        return None
+    values = preset(args.preset, "train recall", [*args.set, *changes, f"train.seed={args.seed}"])
+    run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
     return time.monotonic() - began
 
 
@@ -116,21 +117,23 @@ def suites(model: Any, folder: Path, args: argparse.Namespace) -> list[Suite]:
     ]
 
 
-def evaluate(name: str, args: argparse.Namespace, seconds: float, variant: str) -> list[Row]:
+def evaluate(name: str, args: argparse.Namespace, seconds: float | None, variant: str) -> list[Row]:
     """Every suite at every length, at first also with emptied memories; ``variant`` names an ablation."""
     device = training_device()
     folder = args.out / name / "last"
     model = load_senri(folder).to(device).eval()
+    rows, found, digest = RowFile(args.rows), [], weights_digest(model)
+    if seconds is None:
+        seconds = next((row["seconds_trained"] for row in rows.rows if row.get("weights") == digest), None)
     facts = {
-        "model": name, "weights": weights_digest(model), "window": model.config.sliding_window,
+        "model": name, "weights": digest, "window": model.config.sliding_window,
         "segment": model.config.segment, "parameters": model.num_parameters(), "commit": args.commit,
-        "seconds_trained": round(seconds, 1), "torch": torch.__version__,
+        "seconds_trained": None if seconds is None else round(seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
     if variant:
         trained = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
         facts |= {"variant": variant, "steps": trained["train"]["steps"]}
-    rows, found = RowFile(args.rows), []
     made = suites(model, folder, args)
     plan = [(suite, length, "on") for length in args.lengths for suite in made]
     plan[len(made) : len(made)] = [(suite, args.lengths[0], "zeroed") for suite in made]
@@ -226,7 +229,8 @@ def main() -> None:
     for variant, changes in variants.items():
         name = "-".join(filter(None, ("recall", args.preset, variant, str(args.seed))))
         seconds = train(name, args, changes)
-        print(f"{name}: trained in {seconds:.1f} s", flush=True)
+        took = "before" if seconds is None else f"in {seconds:.1f} s"
+        print(f"{name}: trained {took}", flush=True)
         print(table(evaluate(name, args, seconds, variant)), flush=True)
 
 
