@@ -148,9 +148,15 @@ class ReadSlopes(NamedTuple):
 
 
 def backward(
-    x: Inputs, call: Call, saved: Saved, do: Tensor, dmatrix: Tensor | None, dnorm: Tensor | None
+    x: Inputs,
+    call: Call,
+    saved: Saved,
+    do: Tensor,
+    dmatrix: Tensor | None,
+    dnorm: Tensor | None,
+    weighed: bool,
 ) -> Slopes:
-    """Gradients from those of the output and of the memory after the call."""
+    """Gradients from those of the output and of the memory after the call; of the weights if ``weighed``."""
     begun = begin_backward(x, call, saved, do)
     found = finish_backward(x, call, saved, begun)
     if x.beta is None:
@@ -162,7 +168,7 @@ def backward(
         *learned(x.scale, x.bias), before=saved.before, norms=saved.norms, delta=delta, reach=call.reach,
         dtype=memory_dtype(k.dtype),
     )  # fmt: skip
-    return through_memory(x, call, None if delta is None else saved.norms, gradients, found)
+    return through_memory(x, call, None if delta is None else saved.norms, gradients, found, weighed)
 
 
 def begin_backward(x: Inputs, call: Call, saved: Saved, do: Tensor) -> Begun:
@@ -193,7 +199,7 @@ def finish_backward(x: Inputs, call: Call, saved: Saved, begun: Begun) -> ReadSl
 
 
 def through_memory(
-    x: Inputs, call: Call, norms: Tensor | None, gradients: Gradients, found: ReadSlopes
+    x: Inputs, call: Call, norms: Tensor | None, gradients: Gradients, found: ReadSlopes, weighed: bool
 ) -> Slopes:
     """``found`` with what reaches keys, values and the rest through the memory; adds to keys' and values'.
 
@@ -213,7 +219,7 @@ def through_memory(
         norm=gradients.initial_norm,
         scale=dscale,
         bias=dbias,
-        weight=None if x.weight is None else weight_gradient(k, v, gradients, layout, scale, bias),
+        weight=weight_gradient(k, v, gradients, layout, scale, bias) if weighed else None,
     )
 
 

@@ -182,6 +182,20 @@ def test_only_kernels_run(
     assert set(launches.names) >= ATTENTION | kernels
 
 
+@pytest.mark.parametrize(("wanted", "passes"), [(True, 2), (False, 1)])
+def test_weights_take_another_pass_only_for_their_gradient(
+    wanted: bool, passes: int, fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = layer("weights")
+    inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=9, window=5, segment=4)
+    inputs |= {"segment_weight": inputs["segment_weight"].requires_grad_(wanted)}
+    launches = Launches(monkeypatch)
+    out, _ = case.public(**{**inputs, "q": inputs["q"].requires_grad_()}, backend="fused")
+    out.sum().backward()
+    assert launches.names.count("_memory_fold_forward_kernel") == passes
+    assert (inputs["segment_weight"].grad is not None) == wanted
+
+
 def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) -> None:
     Launches(monkeypatch)
     for case in (window(""), layer("")):
@@ -189,7 +203,7 @@ def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) 
             case.public(**case.inputs("changed", F32), backend="reference")
 
 
-@pytest.mark.parametrize("changes", ["learned tanh padded stream", "delta stream", "no-memory"])
+@pytest.mark.parametrize("changes", ["learned tanh padded stream", "delta stream", "no-memory", "weights"])
 def test_contracts_hold(changes: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
     case = layer(changes)

@@ -136,8 +136,12 @@ def attention_backward(
     rule: str,
     eps: float,
     reach: int | None,
+    weighed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, matrix, norm, scale, bias and weight; empty where there is none."""
+    """Gradients of q, k, v, beta, matrix, norm, scale, bias and weight; empty where there is none.
+
+    That of the weights takes another pass over keys and values, so it is made only where ``weighed`` asks.
+    """
     import newllm.kernels.infini_attention as kernels
 
     inputs = _inputs(q, k, v, beta, cos, sin, matrix, norm, position, length, scale, bias, weight)
@@ -145,7 +149,7 @@ def attention_backward(
     call = Call(window, segment, gate, rule, eps, reach)
     with torch.cuda.device_of(q):
         slopes = kernels.backward(
-            inputs, call, saved, torch.zeros_like(out) if do is None else do, dmatrix, dnorm
+            inputs, call, saved, torch.zeros_like(out) if do is None else do, dmatrix, dnorm, weighed
         )
     primals = (q, k, v, beta, matrix, norm, scale, bias, weight)
     return tuple(
@@ -165,8 +169,8 @@ def _(
     norms: Tensor,
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
-    given = dict(zip(TENSORS, inputs, strict=False))
-    primals = (given[name] for name in LEARNED)
+    given, weighed = dict(zip(TENSORS, inputs, strict=False)), inputs[-1]
+    primals = (given[name] if name != "weight" or weighed else None for name in LEARNED)
     return tuple(out.new_empty(0) if x is None else x.new_empty(x.shape) for x in primals)
 
 
@@ -179,7 +183,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     do, _, dmatrix, dnorm, *_ = gradients
-    slopes = attention_backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
+    weighed = ctx.needs_input_grad[TENSORS.index("weight")]
+    slopes = attention_backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices, weighed)
     named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]

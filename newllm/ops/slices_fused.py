@@ -151,5 +151,7 @@ def added_backward(
     unused = after_norm[:, :, 0]
     gradients = Gradients(after, after_norm, unused, unused, rest)
     norms = None if rest is None else norm
-    told = kernels.through_memory(_inputs(x, call), _call(call), norms, gradients, found.rest)
+    told = kernels.through_memory(
+        _inputs(x, call), _call(call), norms, gradients, found.rest, x.weight is not None
+    )
     return Slopes(told.q, told.k, told.v, told.beta, told.scale, told.bias, told.weight)
