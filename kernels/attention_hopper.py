@@ -6,6 +6,8 @@ takes exponentials (Shah et al., FlashAttention-3, section 3.1). Plain Triton ha
 lower level, has.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -29,8 +31,12 @@ _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 def tile_source(x: Tensor, rows: int = ROWS.value) -> TensorDescriptor:
     """``x [B, H, T, D]`` in bfloat16, in tiles of so many rows."""
     block = [1, 1, rows, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _tile_layout(*block))
+
+
+@cache
+def _tile_layout(*block: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
 
 
 def number_source(x: Tensor, rows: int) -> TensorDescriptor:
@@ -147,6 +153,7 @@ def hide_at_edge(weights, first, start, floor, P, W, edge):
     return weights
 
 
+@cache
 def processors(device: torch.device) -> int:
     """A device's multiprocessors, each of which holds one program."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from newllm.kernels.common import INTERPRETED, LN2, dot, padded
+from newllm.kernels.tiles import capability
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -39,14 +40,14 @@ def warp_specialised(window: int | None, widths: tuple[int, ...], *tensors: Tens
     """Whether the kernels for Hopper take ``[B, H, T, D]`` tensors: bfloat16, one of ``widths``, a window."""
     if INTERPRETED.value or window is None or tensors[0].shape[3] not in widths:
         return False
-    return torch.cuda.get_device_capability(tensors[0].device) == (9, 0) and all(
+    return capability(tensors[0].device) == (9, 0) and all(
         x.dtype == torch.bfloat16 and _is_copied(x, tensors[0].shape[3]) and all(x.stride()[:-1])
         for x in tensors
     )
 
 
 def _has_copy_engine(x: Tensor) -> bool:
-    return INTERPRETED.value or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return INTERPRETED.value or capability(x.device) >= (9, 0)
 
 
 @triton.jit

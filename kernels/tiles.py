@@ -1,5 +1,7 @@
 """Tile sizes and launch options of every kernel, by architecture: data, nothing is tuned at run time."""
 
+from functools import cache
+
 import torch
 
 Tiles = dict[str, int]
@@ -184,15 +186,19 @@ ELEMENTS, CHUNK = 512, 512
 WRITERS, READERS = 128, 256
 
 
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability, (0, 0) of another device; asked by every launch, so not anew."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def tiles_of(kernel: str, device: torch.device, width: int, itemsize: int) -> Tiles:
     """Tiles of ``kernel`` on ``device`` for rows of ``width`` elements of ``itemsize`` bytes."""
     by_device = TILES[kernel]
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else "default"
-    by_width = by_device.get(capability, by_device["default"])
+    by_width = by_device.get(capability(device), by_device["default"])
     return next(by_width[key] for key in sorted(by_width) if key[0] >= width and key[1] == itemsize)
 
 
 def dependent_launch(device: torch.device) -> Tiles:
     """Options of a kernel that starts while the previous one ends; PDL says whether there is such a thing."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": 1, "launch_pdl": 1} if able else {"PDL": 0}
+    return {"PDL": 1, "launch_pdl": 1} if capability(device) >= (9, 0) else {"PDL": 0}

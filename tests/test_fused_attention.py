@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from newllm.ops import attention_fused as fused
 from newllm.testing import CASES, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, window
-from tests.contracts import check_contracts
+from tests.contracts import Looking, check_contracts
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -194,6 +195,17 @@ def test_weights_take_another_pass_only_for_their_gradient(
     out.sum().backward()
     assert launches.names.count("_memory_fold_forward_kernel") == passes
     assert (inputs["segment_weight"].grad is not None) == wanted
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_gradients_of_gradients_are_refused(looked_at: bool, fused_device: str) -> None:
+    inputs = window("").inputs("changed", F32, device=fused_device, heads=1, tokens=5, window=3, segment=3)
+    q = inputs["q"].requires_grad_()
+    with Looking() if looked_at else nullcontext():
+        out = window("").public(**inputs, backend="fused")
+        (slope,) = torch.autograd.grad((out * out).sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|no autograd formula"):
+            slope.sum().backward()
 
 
 def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) -> None:

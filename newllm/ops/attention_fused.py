@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from newllm.reference.infini import streamed, touched_segments
 from newllm.reference.layout import compaction, take
@@ -33,8 +36,7 @@ TENSORS = (
 LEARNED = ("q", "k", "v", "beta", "matrix", "norm", "scale", "bias", "weight")
 
 
-@torch.library.custom_op("newllm::attention", mutates_args=())
-def attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -70,6 +72,9 @@ def attention(
         return out, lse, *(q.new_empty(0, dtype=torch.float32) for _ in range(4))
     assert written.before is not None
     return out, lse, written.matrix, written.norm, written.before, written.norms
+
+
+attention = torch.library.custom_op("newllm::attention", _forward, mutates_args=())
 
 
 def _inputs(*tensors: Tensor | None) -> Any:
@@ -108,8 +113,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-@torch.library.custom_op("newllm::attention_backward", mutates_args=())
-def attention_backward(
+def _backward(
     do: Tensor | None,
     dmatrix: Tensor | None,
     dnorm: Tensor | None,
@@ -158,6 +162,9 @@ def attention_backward(
     )  # type: ignore[return-value]
 
 
+attention_backward = torch.library.custom_op("newllm::attention_backward", _backward, mutates_args=())
+
+
 @attention_backward.register_fake
 def _(
     do: Tensor | None,
@@ -181,10 +188,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.choices = inputs[len(TENSORS) :]
 
 
-def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     do, _, dmatrix, dnorm, *_ = gradients
     weighed = ctx.needs_input_grad[TENSORS.index("weight")]
-    slopes = attention_backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices, weighed)
+    slopes = (backward or attention_backward)(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices, weighed)
     named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]
@@ -192,6 +201,28 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
 
 
 attention.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Untraced(torch.autograd.Function):
+    """The operator without what torch.library adds to a call, which takes longer than the launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *gradients, backward=_backward)
+
+
+def _called(*inputs: Any) -> tuple[Tensor, ...]:
+    """The operator where a compiler or a dispatch mode looks on, such as that of fake tensors."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return attention(*inputs)
+    return _Untraced.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def infini_attention(
@@ -237,7 +268,7 @@ def infini_attention(
             bias,
             segment_weight,
         )
-        out, _, *memory = attention(*tensors, window, segment, gate, rule, eps, bptt_segments)
+        out, _, *memory = _called(*tensors, window, segment, gate, rule, eps, bptt_segments)
         return (out, None, None) if beta is None else (out, memory[0], memory[1])
 
     return streamed(layer, q, k, v, ring=window or segment, rope=rope, state=state, padding_mask=padding_mask)
@@ -260,7 +291,7 @@ def window_attention(
         q, k, v, rope = *(take(x, order) for x in (q, k, v)), compact_rope(rope, order)
     cos, sin = rope or (None, None)
     absent = (None,) * 3
-    out, *_ = attention(
+    out, *_ = _called(
         q,
         k,
         v,
