@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from newllm.ops import attention_fused as fused
 from newllm.testing import CASES, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, window
@@ -216,11 +215,11 @@ def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("changes", ["learned tanh padded stream", "delta stream", "no-memory", "weights"])
-def test_contracts_hold(changes: str, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contracts_hold(changes: str, fused_device: str) -> None:
     """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
     case = layer(changes)
     inputs = case.inputs("changed", F32, device=fused_device, heads=1, tokens=4, segment=2, window=3)
-    check_contracts(fused, "attention", case, inputs, monkeypatch)
+    check_contracts("attention", case, inputs)
 
 
 @pytest.mark.parametrize(

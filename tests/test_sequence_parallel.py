@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from newllm import ops
-from newllm.distributed import layer
 from newllm.distributed.line import Line, line_of
 from newllm.distributed.sequence_parallel import sequence_attention, slice_bounds, traffic
 from newllm.testing import assert_no_worse, assert_rounding, largest
 from newllm.types import InfiniState
 from tests import sequence_ranks as ranks
+from tests.contracts import Looking
 from tests.processes import spawned
 from tests.sequence_ranks import ALONE, CASES, SIZES
 
@@ -183,16 +183,10 @@ def test_a_slice_ends_with_the_ring_of_the_whole_sequence() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "delta", "no memory"])
-def test_contract_holds_under_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    run = layer.sequence_attention
-
-    def record(*args: Any) -> Any:
-        given.extend(args)
-        return run(*args)
-
-    monkeypatch.setattr(layer, "sequence_attention", record)
-    ranks.called(sequence_attention, ranks.inputs(name), mesh=ALONE)
+def test_contract_holds_under_opcheck(name: str) -> None:
+    with Looking() as looking:
+        ranks.called(sequence_attention, ranks.inputs(name), mesh=ALONE)
+    given = looking.calls["sequence_attention"]
     args = [x.requires_grad_() if isinstance(x, Tensor) and index < 4 else x for index, x in enumerate(given)]
     torch.library.opcheck(torch.ops.newllm.sequence_attention.default, tuple(args))
 

@@ -6,6 +6,7 @@ step of its own the window's attention; backwards all of the window's gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
@@ -17,6 +18,7 @@ from newllm.distributed.beside import beside
 from newllm.distributed.line import Line, Messages
 from newllm.distributed.memory import fold, unfold
 from newllm.ops import slices_fused
+from newllm.ops.untraced import untraced
 from newllm.reference import slices as slices_reference
 from newllm.reference.features import feature_width
 from newllm.reference.memory import state_dtype
@@ -103,12 +105,7 @@ TENSORS = tuple(name for name, kind in get_type_hints(Given).items() if kind in 
 LEARNED = ("q", "k", "v", "beta", "scale", "bias", "weight")
 
 
-@torch.library.custom_op(
-    "newllm::sequence_attention",
-    mutates_args=(),
-    schema=f"({_schema(Given)}) -> ({', '.join(['Tensor'] * 8)})",
-)
-def sequence_attention(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The layer of ``Given`` over this rank's slice: what is ``Kept``, and the memory after the slice."""
     given = Given(*arguments)
     line, call, compute, (k, v) = given.line, given.call, STEPS[given.steps], (given.k, given.v)
@@ -133,6 +130,14 @@ def sequence_attention(*arguments: Any) -> tuple[Tensor, ...]:
     kept = memory or [nothing.new_empty(0, dtype=state_dtype(nothing.dtype)) for _ in range(4)]
     seen = seen or [nothing, nothing.clone()]
     return out.contiguous(), lse, *seen, *(x.contiguous() for x in kept)
+
+
+sequence_attention = torch.library.custom_op(
+    "newllm::sequence_attention",
+    _forward,
+    mutates_args=(),
+    schema=f"({_schema(Given)}) -> ({', '.join(['Tensor'] * 8)})",
+)
 
 
 @sequence_attention.register_fake
@@ -164,11 +169,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(
-    "newllm::sequence_attention_backward", mutates_args=(),
-    schema=f"(Tensor? do, Tensor? dmatrix, Tensor? dnorm, {_schema(Kept)}, {_schema(Given)}) -> Tensor[]",
-)  # fmt: skip
-def sequence_attention_backward(
+def _backward(
     do: Tensor | None, dmatrix: Tensor | None, dnorm: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     """Gradients of what is LEARNED of ``Given``, behind what was ``Kept``; empty where there is none."""
@@ -202,6 +203,12 @@ def sequence_attention_backward(
     return [do.new_empty(0) if a is None or b is None else a.to(b.dtype) for a, b in pairs]
 
 
+sequence_attention_backward = torch.library.custom_op(
+    "newllm::sequence_attention_backward", _backward, mutates_args=(),
+    schema=f"(Tensor? do, Tensor? dmatrix, Tensor? dnorm, {_schema(Kept)}, {_schema(Given)}) -> Tensor[]",
+)  # fmt: skip
+
+
 @sequence_attention_backward.register_fake
 def _(do: Tensor | None, dmatrix: Tensor | None, dnorm: Tensor | None, *arguments: Any) -> list[Tensor]:
     kept, given = _split(arguments)
@@ -223,9 +230,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.choices = inputs[len(TENSORS) :]
 
 
-def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     do, *_, dmatrix, dnorm = gradients
-    slopes = sequence_attention_backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
+    slopes = (backward or sequence_attention_backward)(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
     named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]
@@ -233,6 +242,8 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
 
 
 sequence_attention.register_autograd(_differentiate, setup_context=_save)
+# What a rank's layer calls.
+attend = untraced(sequence_attention, _forward, _save, partial(_differentiate, backward=_backward))
 
 
 def _last(k: Tensor, v: Tensor, window: int) -> Tensor:

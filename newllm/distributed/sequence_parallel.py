@@ -147,7 +147,7 @@ def sequence_attention(
     order, scale, bias = (None, None, None) if feature is None else (feature.order, *feature[1:3])
     cos, sin = rope or (None, None)
     with context:
-        out, *_, matrix, norm = layer.sequence_attention(
+        out, *_, matrix, norm = layer.attend(
             q, k, v, beta, cos, sin, scale, bias, segment_weight, *_before(state, window),
             window, segment, gate, rule, eps, order, chosen, *line,
         )  # fmt: skip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from newllm.ops.untraced import untraced
 from newllm.reference.infini import streamed, touched_segments
 from newllm.reference.layout import compaction, take
 from newllm.reference.window import Rope, compact_rope
@@ -203,26 +203,7 @@ def _differentiate(
 attention.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Untraced(torch.autograd.Function):
-    """The operator without what torch.library adds to a call, which takes longer than the launches."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, *gradients, backward=_backward)
-
-
-def _called(*inputs: Any) -> tuple[Tensor, ...]:
-    """The operator where a compiler or a dispatch mode looks on, such as that of fake tensors."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return attention(*inputs)
-    return _Untraced.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
+_called = untraced(attention, _forward, _save, partial(_differentiate, backward=_backward))
 
 
 def infini_attention(
