@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -74,11 +75,21 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
     config = TrainConfig(steps=8, lr=1e-3, log_steps=2, save_steps=2)
-    with pytest.raises(RuntimeError, match=r"the loss was nan within steps 5 to 6, .* up to step 4 are good"):
+    with pytest.raises(RuntimeError, match=r"the loss was nan within steps 5 to 6, .* before step 4"):
         trained(tmp_path, config, Spoil(4))
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
     assert not (tmp_path / "last").exists()
     curves(rows(tmp_path)).savefig(tmp_path / "curves.png")
+
+
+def test_a_resumed_training_tells_the_steps_since_its_last_good_loss(tmp_path: Path) -> None:
+    config = TrainConfig(steps=8, lr=1e-3, log_steps=2, save_steps=2)
+    with pytest.raises(RuntimeError, match="within steps 5 to 6"):
+        trained(tmp_path, config, Spoil(4))
+    # Written after the step that spoiled the weights.
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
+    with pytest.raises(RuntimeError, match=r"within steps 7 to 8, .* before step 6"):
+        trained(tmp_path, config, Spoil(6), resume=True)
 
 
 def test_memory_parameters_have_their_own_rate_and_no_decay() -> None:

@@ -74,9 +74,6 @@ class Finite(TrainerCallback):
     out by the scaler, so a single loss says nothing there.
     """
 
-    def __init__(self) -> None:
-        self._finite = 0
-
     def on_log(
         self,
         args: TrainingArguments,
@@ -87,13 +84,15 @@ class Finite(TrainerCallback):
     ) -> None:
         """Look at the mean loss since the last look."""
         loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss) and not args.fp16:
-            raise RuntimeError(
-                f"the loss was {loss} within steps {self._finite + 1} to {state.global_step}, and the "
-                f"weights are lost; checkpoints up to step {self._finite} are good, "
-                "and a lower train.lr may help"
-            )
-        self._finite = state.global_step
+        if math.isfinite(loss) or args.fp16:
+            return
+        good = [row["step"] for row in state.log_history if math.isfinite(row.get("loss", math.nan))]
+        last = max(good, default=0)
+        raise RuntimeError(
+            f"the loss was {loss} within steps {last + 1} to {state.global_step}, and the weights are lost; "
+            f"--resume goes on from a checkpoint before step {last} once later ones are removed, and a lower "
+            "train.lr may help"
+        )
 
 
 class _Lines:
