@@ -231,10 +231,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(
-    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] | None = None
+    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] = sequence_attention_backward
 ) -> tuple[Tensor | None, ...]:
     do, *_, dmatrix, dnorm = gradients
-    slopes = (backward or sequence_attention_backward)(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
+    slopes = backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices)
     named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]

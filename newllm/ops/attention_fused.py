@@ -189,11 +189,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(
-    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] | None = None
+    ctx: Any, *gradients: Tensor | None, backward: Callable[..., Any] = attention_backward
 ) -> tuple[Tensor | None, ...]:
     do, _, dmatrix, dnorm, *_ = gradients
     weighed = ctx.needs_input_grad[TENSORS.index("weight")]
-    slopes = (backward or attention_backward)(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices, weighed)
+    slopes = backward(do, dmatrix, dnorm, *ctx.saved_tensors, *ctx.choices, weighed)
     named = dict(zip(LEARNED, slopes, strict=True))
     wanted = zip(TENSORS, ctx.needs_input_grad, strict=False)
     given = [named[name] if needed and name in named else None for name, needed in wanted]
