@@ -127,11 +127,12 @@ void define_cuda(py::module_& module) {
                                  reinterpret_cast<void*>(workspace)};
              }),
              py::kw_only(), "device"_a, "stream"_a, "bfloat16"_a, "workspace"_a);
-    const auto plan_context = [](bool adjoint, int64_t layers, int64_t width, int64_t runs, bool bfloat16, int device) {
-        return plan_context_sweep(direction(adjoint), layers, width, runs, bfloat16, device);
+    const auto plan_context = [](bool adjoint, int64_t layers, int64_t width, int64_t runs, bool bfloat16, int device,
+                                 bool exact) {
+        return plan_context_sweep(direction(adjoint), layers, width, runs, bfloat16, device, exact);
     };
     module.def("plan_context_sweep", plan_context, py::kw_only(), "adjoint"_a, "layers"_a, "width"_a, "runs"_a,
-               "bfloat16"_a, "device"_a, unlocked);
+               "bfloat16"_a, "device"_a, "exact"_a = false, unlocked);
     const auto plan_gated = [](bool adjoint, int64_t hidden, int64_t width, int64_t deeper, int64_t runs, bool bfloat16,
                                int device) {
         return plan_gated_sweep(direction(adjoint), hidden, width, deeper, runs, bfloat16, device);

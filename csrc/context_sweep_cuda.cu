@@ -17,9 +17,9 @@ bool few(const CudaSweepPlan& plan) { return plan.clusters <= plan.at_once && pl
 
 // The fastest on clusters for the width and number of runs.
 template <class Arguments>
-CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs) {
+CudaSweepPlan choose(bool half, int64_t layers, int64_t width, int64_t runs, bool exact) {
     const CudaSweepPlan cluster = plan_cluster<Arguments>(half, layers, width, runs);
-    if (!half || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
+    if (!half || exact || layers > 1 || (cluster.kernel != nullptr && few(cluster))) return cluster;
     const CudaSweepPlan tensor = plan_tensor<Arguments>(width, runs);
     return tensor.kernel != nullptr ? tensor : cluster;
 }
@@ -48,9 +48,9 @@ const char* launch_gated(const Sweep& sweep, const CudaSweepPlan& plan, const Cu
 }
 
 template <class Arguments, class Sweep>
-CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device) {
+CudaSweepPlan plan_context(int64_t layers, int64_t width, int64_t runs, bool half, int device, bool exact) {
     if (width >= kLeastClusterWidth && has_clusters(device)) {
-        const CudaSweepPlan plan = choose<Arguments>(half, layers, width, runs);
+        const CudaSweepPlan plan = choose<Arguments>(half, layers, width, runs, exact);
         if (plan.kernel != nullptr) return plan;
     }
     Sweep sweep{};
@@ -77,12 +77,12 @@ CudaSweepPlan plan_gated(int64_t hidden, int64_t width, int64_t deeper, int64_t 
 }  // namespace
 
 CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
-                                 int device) {
+                                 int device, bool exact) {
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return refused(cudaGetErrorString(guard.status()));
     const auto plan = direction == SweepDirection::kForward ? plan_context<ContextForwardArguments, ContextForward>
                                                             : plan_context<ContextAdjointArguments, ContextAdjoint>;
-    return plan(layers, width, runs, half, device);
+    return plan(layers, width, runs, half, device, exact);
 }
 
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,

@@ -28,9 +28,9 @@ struct CudaCall {
 
 enum class SweepDirection { kForward, kAdjoint };
 
-// The fastest kernel. `half`: matrices are bfloat16.
+// The fastest kernel. `half`: matrices are bfloat16; `exact`: even then contexts are not rounded on their way.
 CudaSweepPlan plan_context_sweep(SweepDirection direction, int64_t layers, int64_t width, int64_t runs, bool half,
-                                 int device);
+                                 int device, bool exact);
 CudaSweepPlan plan_gated_sweep(SweepDirection direction, int64_t hidden, int64_t width, int64_t deeper, int64_t runs,
                                bool half, int device);
 

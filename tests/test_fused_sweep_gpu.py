@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from newllm import backend, ops
 from newllm.ops.context_fused import context_sweep
 from newllm.ops.native import planned
-from newllm.testing import CASES, Inputs, largest
+from newllm.testing import CASES, Inputs, largest, mapped
 from tests.row_families import judge_recurrence
 
 CASE = CASES["context_sweep"]
@@ -174,9 +175,9 @@ def test_a_sweep_repeats_itself_bit_for_bit(dtype: torch.dtype, batch: int) -> N
     assert all(torch.equal(once[name], again[name]) for name in once if not once[name].isnan().any())
 
 
-def forgetting(tokens: int, batch: int = 1) -> Inputs:
+def forgetting(tokens: int, dtype: torch.dtype = F32) -> Inputs:
     """A recurrence that forgets within a few tokens: the input outweighs the context."""
-    given = inputs(batch=batch, tokens=tokens, width=96)
+    given = inputs(dtype, batch=1, tokens=tokens, width=96)
     params = given["params"]
     params = params._replace(
         weight_x=4 * params.weight_x,
@@ -196,6 +197,23 @@ def test_block_is_sequential_to_within_its_certificate(tokens: int, method: str)
     bound = 96**0.5 * 1e-5 / (1 - info.rho)
     assert (contexts - expected).abs().max() <= bound
     assert (last - end).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_block_agrees_at_its_borders_and_repeats_itself_bit_for_bit(dtype: torch.dtype) -> None:
+    given = forgetting(8192, dtype)
+    whole, last, info = fused(**given, method="block", fallback=False)
+    assert info.method == "block" and info.sweeps == 2
+    for _ in range(5):
+        again, end, other = fused(**given, method="block", fallback=False)
+        assert torch.equal(whole, again) and torch.equal(last, end) and torch.equal(info.rho, other.rho)
+
+
+def test_rho_is_that_of_a_cpu() -> None:
+    given = forgetting(8192)
+    on_cpu = mapped(Tensor.cpu, given)
+    rho, expected = (fused(**each, method="block")[2].rho.item() for each in (given, on_cpu))
+    assert abs(math.log(rho) / math.log(expected) - 1) < 0.1
 
 
 def test_gradients_of_block_are_those_of_the_recurrence() -> None:

@@ -104,8 +104,19 @@ def test_what_does_not_fade_ends_in_one_run(backwards: bool) -> None:
     assert torch.equal(leaving, sweep.outputs[:, 0 if backwards else -1])
 
 
-def parts_asked(batch: int, tokens: int, kernel: str) -> int:
-    """How many runs auto asks for first."""
+@directions
+def test_runs_side_by_side_share_no_token(backwards: bool) -> None:
+    """Each writes what another may read again."""
+    sweep = Recurrence(RHO, backwards)
+    shoot(sweep)
+    if not backwards:
+        shooting.carry(sweep, sweep.entering(), TOKENS, "cpu", "block", TOL, None, True)
+    assert any(runs.parts > 1 for runs in sweep.swept)
+    assert all(runs.parts == 1 or runs.stride >= runs.tokens for runs in sweep.swept)
+
+
+def estimates(batch: int, tokens: int, kernel: str) -> bool:
+    """Whether auto looks how differences grow along the first tokens."""
 
     def sweep(runs: Runs, entering: Tensor) -> Tensor:
         asked.append(runs)
@@ -113,19 +124,19 @@ def parts_asked(batch: int, tokens: int, kernel: str) -> int:
 
     asked: list[Runs] = []
     shooting.carry(sweep, torch.zeros(batch, 4), tokens, kernel, "auto", 1e-5, None, True)
-    return asked[0].parts
+    return asked[0].tokens < tokens
 
 
 def test_auto_estimates_nothing_where_that_would_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parts_asked(1, 4096, "cpu") > 1
+    assert estimates(1, 4096, "cpu")
     monkeypatch.setitem(shooting.LEAST_TOKENS, "cpu", 8192)
-    assert parts_asked(1, 4096, "cpu") == 1 < parts_asked(1, 8192, "cpu")
+    assert not estimates(1, 4096, "cpu") and estimates(1, 8192, "cpu")
 
 
 def test_auto_counts_what_rows_cost_the_kernel() -> None:
     """Eight rows instead of four take a cluster 1.16 times as long, and a core 1.8 times."""
-    assert parts_asked(4, 4096, "cluster") > 1
-    assert parts_asked(4, 4096, "cpu") == 1
+    assert estimates(4, 4096, "cluster")
+    assert not estimates(4, 4096, "cpu")
 
 
 def test_a_gpu_gets_as_many_parts_as_its_clusters_take() -> None:

@@ -1,7 +1,8 @@
 """Ways to use a sequential sweep: one run over all tokens, or many side by side (multiple shooting).
 
 A sweep is a function of which tokens to run and of what enters each run, ``[B, parts, C]``, to what leaves
-it; it fills in its results on the way. Backwards in time, what enters a run comes from the one after it.
+it; it fills in its results on the way, so that runs side by side must not share a token. Backwards in time,
+what enters a run comes from the one after it.
 """
 
 from __future__ import annotations
@@ -233,8 +234,9 @@ def contraction(sweep: Sweep, entering: Tensor, tokens: int) -> float:
     growth = []
     for cycle in range(cycles):
         difference = difference * (size / difference.norm(dim=-1, keepdim=True).clamp(min=1e-30))
-        both = torch.stack([entering, entering + difference], 1)
-        entering, moved = sweep(Runs(2, CYCLE, cycle * CYCLE, 0), both).unbind(1)
+        # One after the other: side by side they would write the same tokens, and a sweep may read them again.
+        run = Runs(1, CYCLE, cycle * CYCLE)
+        entering, moved = (once(sweep, run, start) for start in (entering, entering + difference))
         difference = moved - entering
         growth.append(difference.norm(dim=-1) / size)
     # Left out is the first cycle, which still holds directions that fade at once.
