@@ -137,7 +137,8 @@ def measured(rows: list[Row]) -> list[str]:
             told = f"{row['tokens']:,} tokens: error of the memory against float64 {row['state_error']:.1e}."
             lines += [told, ""]
     first = rows[0]
-    return [*lines, f"On {first['devices']}, torch {first['torch']}, commit {first['commit']}.", ""]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return [*lines, f"On {first['devices']}, torch {first['torch']}, commits {commits}.", ""]
 
 
 def predicted(rows: list[Row]) -> list[str]:
