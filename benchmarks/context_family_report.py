@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from newllm.files import replace_file
 
@@ -21,6 +21,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
+def _signed(value: float) -> str:
+    return f"{100 * value:+.2f} %"
+
+
 PERPLEXITY: Column = ("perplexity", "validation perplexity", _number(2))
 ACCURACY: Column = ("accuracy", "accuracy", _percent)
 HORIZON: Column = ("horizon", "horizon (tokens)", _number(0))
@@ -32,35 +36,55 @@ PHASES: Sequence[Column] = (
     ("phase1_seconds", "phase 1 (s)", _number(1)),
     ("phase2_seconds", "phase 2 (s)", _number(1)),
 )
-QUESTIONS: dict[str, tuple[str, str, Sequence[Column]]] = {
-    "documents": (
+
+
+class Question(NamedTuple):
+    """What an experiment is to answer: its columns, and which variants answer it, each beside another."""
+
+    title: str
+    conditions: str
+    columns: Sequence[Column]
+    pairs: Sequence[tuple[str, str]]
+
+
+QUESTIONS: dict[str, Question] = {
+    "documents": Question(
         "Is phase 1 needed?",
         "The documents' experiment: trained contexts, the same block as it was drawn, and an n-gram of about "
         "the contexts' horizon (interpolated Witten-Bell).",
         (PERPLEXITY, ACCURACY, RANK, HORIZON, SWEEPS, EPOCH, *PHASES, SECONDS),
+        (("trained", "untrained"), ("trained", "16-gram"), ("trained", "trained, reference path")),
     ),
-    "diversity": (
+    "diversity": Question(
         "Which diversity loss?",
         "The same batch of 5000 contexts, weight 1 and stopping rules for all.",
         (PERPLEXITY, ACCURACY, RANK, HORIZON, SWEEPS, EPOCH),
+        (("mcdl", "oacd"), ("odcm", "oacd"), ("w_mse", "oacd")),
     ),
-    "frozen": (
+    "frozen": Question(
         "Frozen or end to end?",
         "End to end: gradients of the next token through 64 tokens of the recurrence, in batches of as many "
         "positions.",
         (PERPLEXITY, ACCURACY, HORIZON, EPOCH, SECONDS),
+        (("end to end", "frozen after phase 1"), ("frozen after phase 1", "frozen as drawn")),
     ),
-    "horizon": (
+    "horizon": Question(
         "How far back does a context remember, and what does a longer memory buy?",
         "The horizon is the number of tokens after which two random starts agree to a mean squared distance "
         "of 0.001. The input gain scales the half of W that reads the token: smaller steps contract less.",
         (PERPLEXITY, ACCURACY, HORIZON, RANK, SWEEPS),
+        tuple(
+            (f"input gain {gain}{state}", f"input gain 1{state}")
+            for state in ("", ", untrained")
+            for gain in ("0.5", "0.25")
+        ),
     ),
-    "chunks": (
+    "chunks": Question(
         "Context-KV: chunk size against perplexity",
         "One ContextBlock, trained once for each seed; the variants are tokens of a chunk. A small chunk has "
         "more slots to attend to.",
         (PERPLEXITY, ACCURACY, EPOCH, *PHASES),
+        (("16", "100"), ("200", "100")),
     ),
 }
 
@@ -73,24 +97,40 @@ def write_report(rows: Rows, page: Path, source: Path) -> None:
         "benchmarks.context_family run` measures. Figures are means over seeds, in brackets the least and "
         "the most.", "",
     ]  # fmt: skip
-    for device in dict.fromkeys(row["device"] for row in rows):
-        lines += _device(device, [row for row in rows if row["device"] == device])
-    if not rows:
-        lines += ["Nothing has been measured yet.", ""]
+    for experiment, question in QUESTIONS.items():
+        group = [row for row in rows if row["experiment"] == experiment]
+        lines += [f"## {question.title}", "", question.conditions, ""]
+        lines += [] if group else ["Not measured yet.", ""]
+        for device in dict.fromkeys(row["device"] for row in group):
+            own = [row for row in group if row["device"] == device]
+            lines += [
+                *_table(own, question.columns),
+                "",
+                *_answers(own, question.pairs),
+                _conditions(own),
+                "",
+            ]
     replace_file(page, lambda path: path.write_text("\n".join(lines), encoding="utf-8"))
     print(page)
 
 
-def _device(device: str, rows: Rows) -> list[str]:
-    lines = [f"## {device}", ""]
-    for experiment, (question, conditions, columns) in QUESTIONS.items():
-        group = [row for row in rows if row["experiment"] == experiment]
-        lines += [f"### {question}", "", conditions, ""]
-        if group:
-            lines += [*_table(group, columns), "", _conditions(group), ""]
-        else:
-            lines += ["Not measured on this device.", ""]
-    return lines
+def _answers(rows: Rows, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """By how much perplexities of two variants differ, seed by seed; an n-gram is counted without any."""
+    found = {(row["variant"], row["seed"]): row["perplexity"] for row in rows}
+    lines = []
+    for one, other in pairs:
+        others = {seed: value for (variant, seed), value in found.items() if variant == other}
+        own = {seed: value for (variant, seed), value in found.items() if variant == one}
+        if other.endswith("-gram"):
+            others = dict.fromkeys(own, *others.values())
+        changes = [value / others[seed] - 1 for seed, value in own.items() if seed in others]
+        if changes:
+            lower = sum(change < 0 for change in changes)
+            lines.append(
+                f"* {one} beside {other}: perplexity {_cell(changes, _signed)}, lower with {lower} of "
+                f"{len(changes)} seeds"
+            )
+    return [*lines, ""] if lines else []
 
 
 def _table(rows: Rows, columns: Sequence[Column]) -> list[str]:
@@ -119,9 +159,9 @@ def _conditions(rows: Rows) -> str:
     last = rows[-1]
     tokens = max(row["tokens"] for row in rows)
     said = (
-        f"{last['data']}, {tokens:,} training tokens, embedding {last['embed_dim']}, "
+        f"{last['device']}; {last['data']}, {tokens:,} training tokens, embedding {last['embed_dim']}, "
         f"context {last['context_dim']}, at most {last['epochs']} epochs; torch {last['torch']}, commit "
-        f"{last['commit']}, {last['date']}."
+        f"{last['commit'][:12]}, {last['date'][:10]}."
     )
     equal = [row["bit_equal"] for row in rows if "bit_equal" in row]
     if equal:

@@ -20,6 +20,8 @@ def test_variants_have_the_mean_and_range_of_their_seeds(tmp_path: Path) -> None
     rows = [
         row("trained", 1, 10.0, bit_equal=True),
         row("trained", 2, 20.0),
+        row("untrained", 1, 12.0),
+        row("untrained", 2, 16.0),
         row("16-gram", 1, 12.5, horizon=None),
         row("100", 1, 3.0, experiment="chunks"),
         row("16", 1, 4.0, experiment="chunks"),
@@ -31,9 +33,14 @@ def test_variants_have_the_mean_and_range_of_their_seeds(tmp_path: Path) -> None
     assert "| 16-gram | 1 | 12.50 | 25.00 % | - | - |" in text
     assert text.index("| 16 | 1 | 4.00 |") < text.index("| 100 | 1 | 3.00 |")
     assert "Two runs of one seed: equal weights, bit for bit." in text
-    assert text.count("Not measured on this device.") == len(QUESTIONS) - 2
+    assert (
+        "* trained beside untrained: perplexity +4.17 % (-16.67 % to +25.00 %), lower with 1 of 2 seeds"
+        in text
+    )
+    assert "* trained beside 16-gram: perplexity +20.00 % (-20.00 % to +60.00 %)" in text
+    assert text.count("Not measured yet.") == len(QUESTIONS) - 2
 
 
 def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
     write_report([], tmp_path / "page.md", Path("rows.jsonl"))
-    assert "Nothing has been measured yet." in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page.md").read_text().count("Not measured yet.") == len(QUESTIONS)
