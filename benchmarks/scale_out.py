@@ -344,7 +344,7 @@ def parts_of(bench: Bench, part: str) -> None:
     elif part == "hop":
         hop(bench, hops)
     else:
-        # Else DDP's buckets cut the compiled model into a dozen graphs, to send gradients a little earlier.
+        # Else DDP's buckets cut the compiled model into a dozen graphs, to send gradients a bit earlier.
         with torch._dynamo.config.patch(optimize_ddp=False):
             training_steps(bench, sizes, train, window, compiled=part == "compiled")
 

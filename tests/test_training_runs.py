@@ -264,14 +264,20 @@ def test_logs_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytes
 def test_compiled_training_learns_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m, **kw: compile_with(m, **{**kw, "backend": backend}))
+    compile_with, cut_for_ddp = torch.compile, []
+
+    def compile_model(model: Any, **options: Any) -> Any:
+        cut_for_ddp.append(torch._dynamo.config.optimize_ddp)
+        return compile_with(model, **{**options, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", compile_model)
     config = replace(CONFIG, steps=4, log_steps=1, save_steps=0)
     for name, compiled in (("plain", False), ("compiled", True)):
         trainer(tmp_path / name, replace(config, compile=compiled)).fit()
     plain, compiled = ([r["loss"] for r in rows(tmp_path / n) if "loss" in r] for n in ("plain", "compiled"))
     # Four steps of an optimiser carry on what rounding began.
     assert compiled == pytest.approx(plain, rel=1e4 * torch.finfo(torch.float32).eps)
+    assert cut_for_ddp == [False] and torch._dynamo.config.optimize_ddp
 
 
 # Groups and stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,10 @@ class LanguageTrainer(Trainer):
         if newest is not None and self._was_done(newest):
             self._load_from_checkpoint(str(newest))
         else:
-            self.train(resume_from_checkpoint=None if newest is None else str(newest))
+            # DDP's buckets would cut a compiled model into a dozen graphs, to send gradients a bit earlier.
+            whole = torch._dynamo.config.patch(optimize_ddp=False) if self.config.compile else nullcontext()
+            with whole:
+                self.train(resume_from_checkpoint=None if newest is None else str(newest))
         if self.interrupted is not None:
             return complaints
         self.save_whole("last")
