@@ -22,6 +22,7 @@ from newllm.measuring import (
     SUITES,
     __main__ as module,
     peers,
+    profiling,
     session,
     suites,
     sweeping,
@@ -307,3 +308,30 @@ def test_the_segment_loop_computes_the_layer() -> None:
     wide = {name: x.double() if torch.is_tensor(x) else x for name, x in loop.items()}
     oracle = segment_loop(**wide, window=8, segment=8)
     assert_no_worse(baseline, oracle, segment_loop(**loop, window=8, segment=8))
+
+
+# Profiles
+
+
+def test_a_profile_says_where_time_goes_and_writes_nothing(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiling, "_CALLS", (2, 2))
+    assert module.main(["layer", "--peers", "sdpa", "--variants", "delta", "--profile"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    titles = [line for line in told if line.endswith(("every kernel", "every function"))]
+    assert [*dict.fromkeys(title.rpartition(":")[0] for title in titles)] == [
+        f"{what}, tiny, {direction}"
+        for direction in (FORWARD, BOTH)
+        for what in ("infini_attention, delta, reference", "full attention, causal, SDPA")
+    ]
+    head = told.index("full attention, causal, SDPA, tiny, fwd: every kernel")
+    name, times, each, whole = told[head + 2].split()
+    assert name.startswith("aten::") and float(times) * float(each) == pytest.approx(float(whole), abs=0.1)
+    assert any("infini.py" in line for line in told) and not list(tmp_path.iterdir())
+
+
+def test_a_profile_of_what_there_is_not_is_refused(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert module.main(["layer", "--shapes", "9B", "--profile"]) == 2
+    assert "shapes must be some of tiny; got 9B" in capsys.readouterr().err

@@ -31,6 +31,7 @@ class SuiteOptions:
         device: cpu or cuda (null: the first accelerator, or else the CPU).
         seconds: time for the turns of each group (null: the suite's own).
         base: measure newllm's own rows at this git revision too, and show both.
+        profile: time nothing; show each computation's kernels and the functions that call them.
         picture: where the picture of layer and sweep goes (null: beside the rows).
     """
 
@@ -41,6 +42,7 @@ class SuiteOptions:
     device: str | None = None
     seconds: float | None = None
     base: str | None = None
+    profile: bool = False
     picture: str | None = None
 
 
@@ -64,10 +66,21 @@ def run_suite(suite: str, options: SuiteOptions) -> None:
     from rich.console import Console
 
     from newllm.measuring import run
+    from newllm.measuring.profiling import profiles
     from newllm.measuring.revisions import comparison, rows_at
     from newllm.measuring.tables import grids, notes
 
     console = Console()
+    if options.profile:
+        for grid in profiles(
+            suite,
+            peers=options.peers,
+            shapes=options.shapes,
+            variants=options.variants,
+            device=options.device,
+        ):
+            console.print(grid.rich())
+        return
     report = run(
         suite,
         peers=options.peers,

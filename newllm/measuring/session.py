@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,15 @@ Say = Callable[[str], object]
 
 class RedGate(RuntimeError):
     """An operator's results are wrong: nothing has been timed."""
+
+
+class Selection(NamedTuple):
+    """What is measured: groups of entries with their direction, and what was asked for and cannot be."""
+
+    suite: Suite
+    site: Site
+    groups: list[tuple[str, list[Entry]]]
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,24 @@ def run(
         RedGate: when one of newllm's own results breaks the error rule; no time is taken or told then.
         ValueError: for a name that there is not.
     """
+    asked, site, found, left_out = select(suite, peers, shapes, variants, device)
+    path = Path(out or RESULTS[site.device.type]) / f"{suite}.jsonl"
+    rows = _others(path, found) if shapes else []
+    measured: list[Row] = []
+    _gate([entry for _, group in found for entry in group], say)
+    clock = Clock(site.device)
+    ceilings = measure_ceilings(clock, site.dtype)
+    shared = _shared(suite, site, ceilings, commit)
+    for direction, group in found:
+        measured += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
+        write_rows(path, rows + measured)
+    return Report(suite, measured, left_out, path)
+
+
+def select(
+    suite: str, peers: str, shapes: Collection[str], variants: Collection[str], device: str | None
+) -> Selection:
+    """What the arguments of :func:`run` ask for; raises ValueError for a name that there is not."""
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
     asked = SUITES[suite]
@@ -83,18 +110,7 @@ def run(
     refused = {name: why for name in names if (why := refusal(PEERS[name], place)) is not None}
     makers = {name: PEERS[name].entries for name in names if name not in refused}
     left_out = [*(why for op in asked.ops if (why := absent(op, place)) is not None), *refused.values()]
-    found = _only(groups(asked, site, makers, shapes), variants)
-    path = Path(out or RESULTS[place.type]) / f"{suite}.jsonl"
-    rows = _others(path, found) if shapes else []
-    measured: list[Row] = []
-    _gate([entry for _, group in found for entry in group], say)
-    clock = Clock(place)
-    ceilings = measure_ceilings(clock, site.dtype)
-    shared = _shared(suite, site, ceilings, commit)
-    for direction, group in found:
-        measured += _group(asked, group, direction, clock, shared, ceilings, seconds, say)
-        write_rows(path, rows + measured)
-    return Report(suite, measured, left_out, path)
+    return Selection(asked, site, _only(groups(asked, site, makers, shapes), variants), left_out)
 
 
 def _others(path: Path, found: list[tuple[str, list[Entry]]]) -> list[Row]:
@@ -133,7 +149,7 @@ def _gate(entries: list[Entry], say: Say) -> None:
         say(f"judged {name} in {time.perf_counter() - start:.1f} s")
         if attempt.error is not None:
             red.append(f"{name}: {attempt.error}")
-    _release()
+    release()
     if red:
         raise RedGate(f"results are wrong, so nothing is timed: {'; '.join(red)}")
 
@@ -181,7 +197,7 @@ def _group(
             prepared[entry.name], calls[entry.name] = ready, call
         if attempt.error is not None:
             found[entry.name] = {"error": attempt.error}
-            _release()
+            release()
         say(
             f"{'warm' if attempt.error is None else 'failed'} after {time.perf_counter() - start:.1f} s: "
             f"{entry.name}, {direction}"
@@ -194,7 +210,7 @@ def _group(
     rows = [_row(entry, direction, ceilings, {**shared, **found[entry.name]}) for entry in group]
     prepared.clear()
     calls.clear()
-    _release()
+    release()
     return rows
 
 
@@ -207,7 +223,7 @@ def _row(entry: Entry, direction: str, ceilings: Ceilings, measured: dict[str, A
     return Row(**{**nothing, "rounds": 0, **what, "shape": entry.shape.name, **sizes, **floor, **measured})
 
 
-def _release() -> None:
+def release() -> None:
     """Give memory back between groups: a failure's traceback or a cycle may still hold tensors."""
     gc.collect()
     torch.cuda.empty_cache()
