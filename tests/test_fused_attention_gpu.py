@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from newllm import ops
 from newllm.reference import infini, memory
-from newllm.testing import GPU_DRAWS, OpCase, assert_no_worse, assert_rounding, largest, mapped
+from newllm.testing import DRAWS, OpCase, assert_no_worse, assert_rounding, largest, mapped
 from newllm.types import InfiniState
 from tests.attention_cases import Launches, judge, layer, window
 from tests.tiny_models import ADDITIONS, random_tokens, tiny_senri
@@ -57,7 +57,7 @@ def test_every_width(
     kind: str, changes: str, shape: tuple[int, int, int], key: int, value: int, dtype: torch.dtype
 ) -> None:
     # One token's gate has few numbers, and in some draws none.
-    draws = GPU_DRAWS[dtype] * (3 if shape[0] == 1 else 1)
+    draws = DRAWS[dtype] * (3 if shape[0] == 1 else 1)
     judge(CASES[kind](changes), dtype, "cuda", draws=draws, **sized(*shape, key=key, value=value))
 
 
@@ -74,7 +74,7 @@ SHAPES = [(67, 64, 64), (2048, 256, 128), (1031, 300, 250)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("changes", OPTIONS)
 def test_every_option(changes: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    judge(layer(changes), dtype, "cuda", draws=GPU_DRAWS[dtype], **sized(*shape, key=64, value=64))
+    judge(layer(changes), dtype, "cuda", draws=DRAWS[dtype], **sized(*shape, key=64, value=64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +86,7 @@ def test_windows_and_segments_of_any_size(
     changes: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """One token, many segments a tile, a segment longer than the call, a window of many segments."""
-    judge(layer(changes), dtype, "cuda", draws=GPU_DRAWS[dtype], **sized(*shape, key=80, value=96))
+    judge(layer(changes), dtype, "cuda", draws=DRAWS[dtype], **sized(*shape, key=80, value=96))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,7 +99,7 @@ def test_groups_of_queries(
     # A single feature map would be judged by one number.
     changes = changes.replace("learned", "tanh") if kv_heads == 1 else changes
     sizes = {"key": 64, "value": 64, "heads": heads, "kv_heads": kv_heads}
-    judge(layer(changes), dtype, "cuda", draws=GPU_DRAWS[dtype], **sized(*shape, **sizes))
+    judge(layer(changes), dtype, "cuda", draws=DRAWS[dtype], **sized(*shape, **sizes))
 
 
 ATTENTION = {
@@ -128,7 +128,7 @@ def test_only_kernels_run(
 @pytest.mark.parametrize(("kind", "changes"), [("window", ""), ("layer", ""), ("layer", "delta stream")])
 def test_more_heads_than_a_grid_axis_holds(kind: str, changes: str, dtype: torch.dtype) -> None:
     sizes = {"batch": 9000, "heads": 8, "key": 16, "value": 16}
-    judge(CASES[kind](changes), dtype, "cuda", draws=GPU_DRAWS[dtype], **sized(3, 2, 2, **sizes))
+    judge(CASES[kind](changes), dtype, "cuda", draws=DRAWS[dtype], **sized(3, 2, 2, **sizes))
 
 
 @pytest.mark.parametrize("changes", ["learned", "delta padded stream"])

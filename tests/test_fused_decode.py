@@ -14,7 +14,7 @@ from torch import Tensor
 from newllm import ops
 from newllm.ops.infini_decode_fused import infini_decode as contract
 from newllm.reference.infini import empty_state, infini_attention
-from newllm.testing import CASES, GPU_DRAWS, Inputs, assert_no_worse, leaves, mapped
+from newllm.testing import CASES, DRAWS, Inputs, assert_no_worse, leaves, mapped
 from newllm.types import FeatureMap, InfiniState
 from tests.decode_cases import decode
 
@@ -41,7 +41,7 @@ SINGLE = {**SMALL, "window": 1, "segment": 1}
 
 def judged(sizes: dict[str, int], variant: str, change: str, dtype: torch.dtype, device: str) -> None:
     case = decode(variant, change)
-    draws = range(GPU_DRAWS[dtype] if device == "cuda" else 1)
+    draws = range(DRAWS[dtype] if device == "cuda" else 1)
     first, *others = (case.inputs("changed", dtype, device=device, seed=seed, **sizes) for seed in draws)
     case.judge(first, dtype, function=FUSED, others=others)
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from newllm.testing import GPU_DRAWS
+from newllm.testing import DRAWS
 from tests.attention_cases import Launches, judge, layer, window
 from tests.determinism_parts import CONFIGURATIONS, NEIGHBOURS, neighbours, repeated
 from tests.test_fused_attention_gpu import OPTIONS, sized
@@ -31,7 +31,7 @@ SHAPES = [(4, 1, 1), (68, 64, 64), (132, 17, 3), (2048, 256, 128), (1032, 300, 2
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("changes", OPTIONS)
 def test_every_option(changes: str, shape: tuple[int, int, int]) -> None:
-    judge(layer(changes), BF16, "cuda", draws=GPU_DRAWS[BF16], **sized(*shape, **WIDE))
+    judge(layer(changes), BF16, "cuda", draws=DRAWS[BF16], **sized(*shape, **WIDE))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -39,7 +39,7 @@ def test_every_option(changes: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("changes", ["", "padded", "no-rope", "long"])
 def test_the_window_alone(changes: str, width: int, shape: tuple[int, int, int]) -> None:
     sizes = sized(*shape, key=width, value=width)
-    judge(window(changes), BF16, "cuda", draws=GPU_DRAWS[BF16], **sizes)
+    judge(window(changes), BF16, "cuda", draws=DRAWS[BF16], **sizes)
 
 
 @pytest.mark.parametrize("shape", [(132, 65, 64), (1032, 300, 250)], ids=str)
@@ -48,7 +48,7 @@ def test_the_window_alone(changes: str, width: int, shape: tuple[int, int, int])
 def test_groups_of_queries(changes: str, heads: int, kv_heads: int, shape: tuple[int, int, int]) -> None:
     changes = changes.replace("learned", "tanh") if kv_heads == 1 else changes
     sizes = sized(*shape, **WIDE, heads=heads, kv_heads=kv_heads)
-    judge(layer(changes), BF16, "cuda", draws=GPU_DRAWS[BF16], **sizes)
+    judge(layer(changes), BF16, "cuda", draws=DRAWS[BF16], **sizes)
 
 
 @pytest.mark.parametrize(

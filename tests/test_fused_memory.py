@@ -12,7 +12,7 @@ from torch import Tensor
 from newllm import ops
 from newllm.reference import memory as reference
 from newllm.reference.infini import _aligned_segments
-from newllm.testing import GPU_DRAWS, Draw, Inputs, OpCase, leaves, mapped
+from newllm.testing import DRAWS, Draw, Inputs, OpCase, leaves, mapped
 from newllm.types import FeatureMap, MemoryState
 from tests.contracts import check_contracts
 from tests.memory_cases import EVERY, SIZES, VARIANTS, case_of, filled, judge, key_values, learned
@@ -30,7 +30,7 @@ def test_row_70_fused_memory_obeys_the_error_rule(
     op: str, variant: str, dtype: torch.dtype, kv_heads: int, fused_device: str
 ) -> None:
     """Every rule, feature map, state, padding and stride: results, states and all gradients."""
-    judge(op, variant, dtype, fused_device, kv_heads=kv_heads)
+    judge(op, variant, dtype, fused_device, kv_heads=kv_heads, draws=DRAWS[dtype])
 
 
 @pytest.mark.parametrize("op", [*VARIANTS])
@@ -277,7 +277,7 @@ def test_gpu_fused_memory_obeys_the_error_rule(
         tokens = min(tokens, 2**15 // key)
     # Eight heads: the gradients of scale and bias are one number a head, and the rule compares the largest.
     sizes = {"key": key, "value": value, "tokens": tokens, "segment": min(tokens, 256)}
-    judge(op, variant, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, heads=16, **sizes)
+    judge(op, variant, dtype, "cuda", draws=DRAWS[dtype], kv_heads=8, heads=16, **sizes)
 
 
 @pytest.mark.gpu
@@ -289,7 +289,7 @@ def test_gpu_layer_writes_whole_segments(
     delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
 ) -> None:
     sizes = {"key": key, "value": value, "segment": segment, "tokens": 5 * segment + 7}
-    judge_layer(delta, streaming, reach, dtype, "cuda", draws=GPU_DRAWS[dtype], kv_heads=8, **sizes)
+    judge_layer(delta, streaming, reach, dtype, "cuda", draws=DRAWS[dtype], kv_heads=8, **sizes)
 
 
 @pytest.mark.gpu
@@ -297,7 +297,7 @@ def test_gpu_layer_writes_whole_segments(
 def test_gpu_more_heads_than_a_grid_axis_holds(op: str) -> None:
     """As many as programs; the gradients of scale and bias are then eight numbers each."""
     sizes = {"batch": 9000, "kv_heads": 8, "heads": 8, "tokens": 3, "key": 16, "value": 16}
-    judge(op, [*VARIANTS[op]][1], F32, "cuda", draws=GPU_DRAWS[F32], **sizes)
+    judge(op, [*VARIANTS[op]][1], F32, "cuda", draws=DRAWS[F32], **sizes)
 
 
 @pytest.mark.gpu

@@ -5,12 +5,12 @@ an independent computation; :func:`assert_no_worse`, for any dtype against the r
 """
 
 from newllm.testing.cases import CASES
-from newllm.testing.op_case import GPU_DRAWS, Draw, Inputs, OpCase, leaves, mapped
+from newllm.testing.op_case import DRAWS, Draw, Inputs, OpCase, leaves, mapped
 from newllm.testing.rule import assert_no_worse, assert_rounding, error_and_bar, largest
 
 __all__ = [
     "CASES",
-    "GPU_DRAWS",
+    "DRAWS",
     "Draw",
     "Inputs",
     "OpCase",

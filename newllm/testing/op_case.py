@@ -16,8 +16,8 @@ from newllm.types import SweepInfo
 
 Inputs = dict[str, Any]
 
-# Draws over which a row on a GPU is judged. float32 needs them: there both sides err by a few roundings.
-GPU_DRAWS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
+# Draws over which a row is judged. float32 needs them: there both sides err by a few roundings.
+DRAWS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
 
 
 class Draw:
