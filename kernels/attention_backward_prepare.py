@@ -93,7 +93,7 @@ def _infini_attention_backward_prepare_kernel(
             place = sums + (b * HKV * GROUP + h) * tiles + program % tiles
             # Nothing is the window's where g is one, however A_mem and out were rounded.
             tl.store(place, tl.where(g == 1, 0.0, tl.sum(tl.where(real, answer - shift, 0.0))))
-            # From that very difference: what it lacks is found again in the slopes' sums.
+            # From that very difference: for float32 what it lacks is found in the slopes' sums, for both.
             shift = tl.where(g == 1, 0.0, shift - g / (1 - g) * (answer - shift))
         if (W == 1) | (first + P <= floor):
             # A single key has no slope: that takes the very product it is subtracted from, not a rounded out.

@@ -1,7 +1,5 @@
 """Gradients of the queries, through the window and through the memory."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -11,16 +9,16 @@ from newllm.kernels.attention_backward_prepare import Prepared
 from newllm.kernels.attention_layout import NO_MEMORY, Attention, Recall, Rope, rope_arguments
 from newllm.kernels.attention_tiles import (
     elements,
-    hide,
     load_clamped,
     load_rows,
     matrix_slope,
     query_tile,
     rotate_back,
     row_facts,
-    softmax_weights,
+    score_slopes,
     tiled,
     two_halves,
+    visible_slots,
     warp_specialised,
 )
 from newllm.kernels.common import LOG2E, cast, dot, exponential, memory_dtype, padded, precision
@@ -32,7 +30,7 @@ TILE_BYTES = 32768
 
 @triton.jit
 def _infini_attention_backward_queries_kernel(
-    q, rotated, k, v, do, lse, delta, pulls, shares, dq, dfeature, residues,
+    q, rotated, k, v, do, lse, delta, pulls, shares, dq, dfeature,
     cos, sin, states, norms, scale, bias, position, length,
     q_strides, rotated_strides, k_strides, v_strides, do_strides, rope_strides,
     H, HKV, T, P, S, W, N, tiles,
@@ -67,30 +65,20 @@ def _infini_attention_backward_queries_kernel(
             b, h, H, hkv, (b * HKV + hkv) * N + segment, program, first, end, real, T,
             K, V, BT, BK, BV, BC, PRECISION,
         )  # fmt: skip
-    last = tl.minimum(first + BT, tl.minimum(end, count))
-    stop = tl.where(first < last, last + P, 0)
-    low = tl.maximum(floor, first + P - W + 1)
-    full = tl.maximum(floor, first + BT + P - W)
+    low, full, stop = visible_slots(first, end, count, floor, P, W, BT)
     FACTOR: tl.constexpr = K**-0.5 * LOG2E
     PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
-    residue = tl.zeros((BT,), tl.float32)
     for start in tl.range(low // BS * BS, stop, BS):
         # [BS, BK]
         keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
         # [BS, BV]
         values = load_rows(v, v_strides, b, hkv, start, T + P, value_element, V, BS, BV, V_TMA)
-        scores = dot(queries, keys.T, None, PRECISION)
-        weights = softmax_weights(scores, FACTOR, level[:, None], PRECISE)
-        if (start < full) | (start + BS > first + P + 1):
-            weights = hide(weights, row + P, start + tl.arange(0, BS), floor, W, 0.0)
-        slopes = dot(gradient, values.T, None, PRECISION)
-        slopes = weights * (slopes - shift[:, None])
-        if residues is not None:
-            residue += tl.sum(slopes, 1)
+        slopes = score_slopes(
+            queries, gradient, keys, values, level, shift, row, first, start, full, floor, P, W,
+            BS, FACTOR, PRECISE, PRECISION,
+        )  # fmt: skip
         acc = dot(cast(slopes, keys.dtype), keys, acc, PRECISION)
 
-    if residues is not None:
-        tl.store(residues + program, tl.sum(tl.where(real, residue, 0.0)))
     tl.debug_barrier()
     left, right = (acc * K**-0.5).reshape(BT, 2, BK // 2).permute(0, 2, 1).split()
     if cos is not None:
@@ -138,17 +126,6 @@ def _store_recall_gradient(
     tl.store(base + element[None, :], cast(slope * a, q.dtype.element_ty), mask=held)
 
 
-class QuerySums(NamedTuple):
-    """Sums over all queries: ``asked [2, HKV]``, their share of the gradients of scale and bias, if any.
-
-    ``residues [H]`` (float32 inputs with a memory) are the sums of all slopes of scores. Exact ones cancel in
-    each row: what is left is what the rounding of out made of ``delta``, and of ``Prepared.gates``.
-    """
-
-    asked: Tensor | None
-    residues: Tensor | None
-
-
 def query_gradients(
     q: Tensor,
     rotated: Tensor,
@@ -161,10 +138,11 @@ def query_gradients(
     memory: Recall | None,
     ready: Prepared,
     dq: Tensor,
-) -> QuerySums:
+) -> Tensor | None:
     """Write the gradient of q ``[B, H, T, K]`` into ``dq``, which may be where ``rotated`` lies.
 
-    ``rotated`` is q after rotation, ``k`` are rotated keys.
+    ``rotated`` is q after rotation, ``k`` are rotated keys. What is returned, ``[2, HKV]``, is the queries'
+    share of the gradients of scale and bias, if there are such.
     """
     (batch, heads, tokens, key_width), (kv_heads, slots) = q.shape, k.shape[1:3]
     if heads // kv_heads % 2 == 0 and warp_specialised(layout.window, (128,), rotated, k, v, do):
@@ -181,15 +159,12 @@ def query_gradients(
         if has_feature
         else None
     )
-    residues = None
-    if memory is not None and q.dtype == torch.float32:
-        residues = q.new_empty(batch, heads, tiles)
     (keys, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     recall = memory or NO_MEMORY
     columns = TILE_BYTES // (bk * memory_dtype(q.dtype).itemsize)
     _infini_attention_backward_queries_kernel[(batch * heads * tiles,)](
-        q, rotated, keys, values, do, lse, ready.delta, ready.pull, ready.share, dq, dfeature, residues,
+        q, rotated, keys, values, do, lse, ready.delta, ready.pull, ready.share, dq, dfeature,
         cos, sin, recall.states, recall.norms, recall.scale, recall.bias, layout.position, layout.length,
         q.stride()[:3], rotated.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3], rope_strides,
         heads, kv_heads, tokens, slots - tokens, layout.segment, layout.reach, layout.segments(tokens),
@@ -199,7 +174,4 @@ def query_gradients(
         PRECISION=precision(q.dtype),
         **sizes,
     )  # fmt: skip
-    return QuerySums(
-        None if dfeature is None else dfeature.sum((0, 2)).T,
-        None if residues is None else residues.sum((0, 2)),
-    )
+    return None if dfeature is None else dfeature.sum((0, 2)).T

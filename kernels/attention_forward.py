@@ -19,6 +19,7 @@ from newllm.kernels.attention_tiles import (
     softmax_weights,
     tiled,
     two_halves,
+    visible_slots,
     warp_specialised,
 )
 from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padded, precision
@@ -58,10 +59,7 @@ def _infini_attention_forward_kernel(
         rotated = load_rotated(q, cos, sin, q_strides, rope_strides, b, h, first, T, K, BT, BK)
         queries = cast(rotated, out.dtype.element_ty)
 
-    last = tl.minimum(first + BT, tl.minimum(end, count))
-    stop = tl.where(first < last, last + P, 0)
-    low = tl.maximum(floor, first + P - W + 1)
-    full = tl.maximum(floor, first + BT + P - W)
+    low, full, stop = visible_slots(first, end, count, floor, P, W, BT)
     PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     longest = _longest_key(squares + (b * HKV + hkv) * tl.cdiv(T + P, ROWS), low, stop, ROWS)
     own = queries.to(tl.float32)

@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from newllm.kernels.attention_backward_prepare import Prepared
-from newllm.kernels.attention_backward_queries import QuerySums
 from newllm.kernels.attention_hopper import (
     CONSUMERS,
     LIMIT,
@@ -258,7 +257,7 @@ def query_gradients(
     memory: Recall | None,
     ready: Prepared,
     dq: Tensor,
-) -> QuerySums:
+) -> Tensor | None:
     """:func:`newllm.kernels.attention_backward_queries.query_gradients`."""
     (batch, heads, tokens, width), (kv_heads, slots) = q.shape, k.shape[1:3]
     per_head = layout.query_tiles(tokens, ROWS.value)
@@ -277,4 +276,4 @@ def query_gradients(
         layout.segments(tokens), per_head, total,
         D=width, SEGMENTED=layout.segmented, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4, maxnreg=LIMIT,
     )  # fmt: skip
-    return QuerySums(None if dfeature is None else dfeature.sum((0, 2)).T, None)
+    return None if dfeature is None else dfeature.sum((0, 2)).T

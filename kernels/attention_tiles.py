@@ -228,6 +228,14 @@ def row_facts(position, length, b, T, P):
 
 
 @triton.jit
+def visible_slots(first, end, count, floor, P, W, BT: tl.constexpr):
+    """The first slot that any of a tile's queries sees, the first that all see, the one behind the last."""
+    last = tl.minimum(first + BT, tl.minimum(end, count))
+    stop = tl.where(first < last, last + P, 0)
+    return tl.maximum(floor, first + P - W + 1), tl.maximum(floor, first + BT + P - W), stop
+
+
+@triton.jit
 def hide(scores, row, slot, floor, W, HIDDEN: tl.constexpr):
     """Scores [BT, BS] of queries in slots ``row``, with HIDDEN where a query does not see a key.
 
@@ -251,3 +259,20 @@ def softmax_weights(scores, FACTOR: tl.constexpr, level, PRECISE: tl.constexpr):
     else:
         weights = tl.exp2(scores * FACTOR - level)
     return weights
+
+
+@triton.jit
+def score_slopes(
+    queries, gradient, keys, values, level, shift, row, first, start, full, floor, P, W,
+    BS: tl.constexpr, FACTOR: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients [BT, BS] of the scores of the queries ``row`` and the keys from slot ``start`` on.
+
+    All queries see the slots from ``full`` to that of the ``first`` one.
+    """
+    scores = dot(queries, keys.T, None, PRECISION)
+    weights = softmax_weights(scores, FACTOR, level[:, None], PRECISE)
+    if (start < full) | (start + BS > first + P + 1):
+        weights = hide(weights, row + P, start + tl.arange(0, BS), floor, W, 0.0)
+    slopes = dot(gradient, values.T, None, PRECISION)
+    return weights * (slopes - shift[:, None])

@@ -9,6 +9,7 @@ from newllm.kernels.attention_backward_keys import key_gradients
 from newllm.kernels.attention_backward_prepare import Prepared, prepare
 from newllm.kernels.attention_backward_queries import query_gradients
 from newllm.kernels.attention_backward_recall import recall_gradients
+from newllm.kernels.attention_backward_slopes import cancelled
 from newllm.kernels.attention_forward import attend
 from newllm.kernels.attention_layout import Attention, Recall, Rope, learned
 from newllm.kernels.attention_tiles import rows_contiguous
@@ -186,15 +187,18 @@ def finish_backward(x: Inputs, call: Call, saved: Saved, begun: Begun) -> ReadSl
     """Gradients of queries, keys, values and gate through the window and what was read."""
     q, k, v, do, dq, recall, ready = begun[:7]
     layout, level = x.attention(call), saved.lse
+    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
+    if q.dtype == torch.float32:
+        gate = None if recall is None else recall.gate
+        ready = cancelled(queries, keys, v, do, level, layout, gate, ready)
     if recall is not None:
         # Weights that carry the window's share of the output; finite where it has none.
         local = (1 - recall.gate).clamp(min=torch.finfo(torch.float32).tiny)
         level = level - local.to(level.dtype).log2()[:, None]
-    queries, keys = q if x.rope is None else dq, rotated(k, x.rope)
     dk, dv = key_gradients(queries, keys, v, do, level, ready.delta, layout)
     rotated(dk, x.rope, dk, back=True)
-    asked, residues = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
-    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready, residues)
+    asked = query_gradients(q, queries, keys, v, do, level, layout, x.rope, recall, ready, dq)
+    dbeta = None if recall is None else _gate_slope(recall.gate, call.gate, ready)
     return ReadSlopes(Slopes(dq, dk, dv, dbeta), asked)
 
 
@@ -232,11 +236,7 @@ def _share(beta: Tensor, gate: str) -> Tensor:
     return beta.float().sigmoid() if gate == "sigmoid" else beta.float().tanh()
 
 
-def _gate_slope(share: Tensor, gate: str, ready: Prepared, residues: Tensor | None) -> Tensor:
-    """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g.
-
-    Where g is all but one it is small beside the rounding of out, which ``residues [H]`` tell.
-    """
+def _gate_slope(share: Tensor, gate: str, ready: Prepared) -> Tensor:
+    """The gradient of beta: A_mem - out is (1 - g) (A_mem - A_dot), so nothing is divided by 1 - g."""
     assert ready.gates is not None
-    excess = ready.gates if residues is None else ready.gates - residues
-    return (share if gate == "sigmoid" else 1 + share) * excess
+    return (share if gate == "sigmoid" else 1 + share) * ready.gates

@@ -74,6 +74,11 @@ _ATTENTION: dict[str, ByDevice] = {
             (256, 4): _attention(16, 16, 4, 1),
         },
     },
+    # Of float32 alone.
+    "_infini_attention_backward_slopes_kernel": {
+        (9, 0): {(128, 4): _attention(32, 32, 4, 1), (256, 4): _attention(16, 16, 4, 1)},
+        "default": {(128, 4): _attention(32, 16, 4, 1), (256, 4): _attention(16, 16, 4, 1)},
+    },
     # BT queries by BS columns of the memory's gradient.
     "_infini_attention_backward_prepare_kernel": {
         (9, 0): {

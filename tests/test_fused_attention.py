@@ -91,6 +91,20 @@ def test_the_window_obeys_the_error_rule(
     judge(window(changes), dtype, fused_device, **sizes)
 
 
+@pytest.mark.parametrize(("factor", "window"), [(1 / 8, 2), (1 / 8, 3), (32, 2)])
+def test_slopes_of_few_keys_cancel(factor: float, window: int, fused_device: str) -> None:
+    """Where memory is most of the output: rounding that would not show where q and k are of one length.
+
+    The gradient of the shorter one is the window's, times the longer one.
+    """
+    case = layer("")
+    sizes = {"heads": 4, "kv_heads": 2, "tokens": 12, "segment": 2, "window": window}
+    inputs = case.inputs("changed", F32, device=fused_device, **sizes)
+    inputs |= {"q": inputs["q"] * factor, "k": inputs["k"] / factor}
+    inputs |= {"beta": torch.full_like(inputs["beta"], 3)}
+    case.judge(inputs, F32, function=partial(case.public, backend="fused"))
+
+
 # What a call may not depend on
 
 
@@ -157,7 +171,7 @@ def test_autocast_is_a_call_in_its_dtype(op: str, fused_device: str) -> None:
 
 # The contract
 
-PARTS = ["forward", "backward_prepare", "backward_keys", "backward_queries"]
+PARTS = ["forward", "backward_prepare", "backward_slopes", "backward_keys", "backward_queries"]
 ATTENTION = {f"_infini_attention_{part}_kernel" for part in PARTS}
 MEMORY = {"_memory_fold_forward_kernel", "_memory_fold_backward_kernel"}
 MEMORY |= {"_infini_attention_backward_recall_kernel"}

@@ -122,6 +122,7 @@ def test_only_kernels_run(
     case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
     names = {name.replace("_hopper", "") for name in launches.names}
     assert names >= ATTENTION | MEMORY | {f"_memory_scan_{rule}_kernel"}
+    assert ("_infini_attention_backward_slopes_kernel" in names) == (dtype == F32)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

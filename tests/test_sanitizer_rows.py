@@ -1,4 +1,4 @@
-"""The rows that compute-sanitizer sees launch every kernel in every dtype."""
+"""The rows that compute-sanitizer sees launch every kernel in each of its dtypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_list_is_short_and_named() -> None:
     )
 
 
-def test_every_kernel_is_launched_in_every_dtype(fused_device: str) -> None:
+def test_every_kernel_is_launched_in_each_of_its_dtypes(fused_device: str) -> None:
     """None is run: what is launched does not depend on what the others computed."""
     assert len(kernels()) > 15
     with Launched(skip=True) as launched:
