@@ -39,6 +39,7 @@ def _infini_attention_backward_prepare_kernel(
     real = row < tl.minimum(end, count)
     if LOCAL:
         floor = tl.maximum(floor, border + P)
+    single = (row + P == floor) | (W == 1)
     lower, upper, value = elements(0, 2, K, BK), elements(1, 2, K, BK), tl.arange(0, BV)
     if states is not None:
         state = head * N + segment
@@ -58,6 +59,9 @@ def _infini_attention_backward_prepare_kernel(
         gradient = load_clamped(do, do_strides, b, h, first, T, value, V, BT, BV)
         results = load_clamped(out, out_strides, b, h, first, T, value, V, BT, BV).to(tl.float32)
         shift = tl.sum(results * gradient.to(tl.float32), 1)
+        own = _own_products(
+            gradient, v, v_strides, b, hkv, row, first, T, P, W, floor, value, V, BT, BV, PRECISION
+        )
         if (cos is not None) or (states is not None):
             # [BT, BK/2]
             raw = load_clamped(q, q_strides, b, h, first, T, lower, K, BT, BK)
@@ -91,18 +95,31 @@ def _infini_attention_backward_prepare_kernel(
             tl.store(pulls + rows, tl.where(weight > eps, answer, 0.0), mask=row < end)
             tl.store(shares + rows, tl.where(real, g / weight, 0.0), mask=row < end)
             place = sums + (b * HKV * GROUP + h) * tiles + program % tiles
+            excess = tl.where(single, (1 - g) * (answer - own), answer - shift)
             # Nothing is the window's where g is one, however A_mem and out were rounded.
-            tl.store(place, tl.where(g == 1, 0.0, tl.sum(tl.where(real, answer - shift, 0.0))))
+            tl.store(place, tl.where(g == 1, 0.0, tl.sum(tl.where(real, excess, 0.0))))
             # From that very difference: for float32 what it lacks is found in the slopes' sums, for both.
-            shift = tl.where(g == 1, 0.0, shift - g / (1 - g) * (answer - shift))
-        if (W == 1) | (first + P <= floor):
-            # A single key has no slope: that takes the very product it is subtracted from, not a rounded out.
-            # [BT, BV]
-            values = load_clamped(v, v_strides, b, hkv, first + P, T + P, value, V, BT, BV)
-            products = dot(gradient, values.T, None, PRECISION)
-            own = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
-            shift = tl.where((row + P == floor) | (W == 1), own, shift)
+            shift = tl.where(g == 1, 0.0, shift - g / (1 - g) * excess)
+        shift = tl.where(single, own, shift)
         tl.store(delta + rows, shift, mask=real)
+
+
+@triton.jit
+def _own_products(
+    gradient, v, v_strides, b, hkv, row, first, T, P, W, floor, value,
+    V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of queries that see a single key, do times their own value [BT]: zeros in tiles that have none.
+
+    A single key has no slope: that takes the very product it is subtracted from, not a rounded out.
+    """
+    own = tl.zeros((BT,), tl.float32)
+    if (W == 1) | (first + P <= floor):
+        # [BT, BV]
+        values = load_clamped(v, v_strides, b, hkv, first + P, T + P, value, V, BT, BV)
+        products = dot(gradient, values.T, None, PRECISION)
+        own = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
+    return own
 
 
 @triton.jit
