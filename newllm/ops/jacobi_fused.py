@@ -170,14 +170,14 @@ def jacobi_sweep(
     x: Tensor, params: ContextParams, start: Tensor, *, tol: float, sweeps: int | None
 ) -> tuple[Tensor, Tensor, SweepInfo]:
     """As ``newllm.reference.context.jacobi_sweep``, from the ``start [B, C]``; contexts in float32."""
-    drive = context_drive(x, params)
+    drive, weights = context_drive(x, params), params.weight_c.contiguous()
     limit, layers = min(sweeps or x.shape[1], x.shape[1]), len(params.weight_c)
     contexts: Tensor | None = None
     rows = rounded = contexts
     changes: list[Tensor] = []
     while len(changes) < limit and not (tol > 0 and changes and changes[-1] <= tol):
         for layer, (added, *norm) in enumerate(
-            zip(drive.unbind(2), params.weight_c, params.ln_weight, params.ln_bias, strict=True)
+            zip(drive.unbind(2), weights, params.ln_weight, params.ln_bias, strict=True)
         ):
             shifted = start if layer == 0 else None
             before = contexts if layer == layers - 1 else None  # the last layer's change alone is reported
