@@ -116,12 +116,13 @@ def write_report(rows: Rows, page: Path, source: Path) -> None:
 
 def _answers(rows: Rows, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """By how much perplexities of two variants differ, seed by seed; an n-gram is counted without any."""
-    found = {(row["variant"], row["seed"]): row["perplexity"] for row in rows}
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(row["variant"], {})[row["seed"]] = row["perplexity"]
     lines = []
     for one, other in pairs:
-        others = {seed: value for (variant, seed), value in found.items() if variant == other}
-        own = {seed: value for (variant, seed), value in found.items() if variant == one}
-        if other.endswith("-gram"):
+        own, others = found.get(one, {}), found.get(other, {})
+        if other.endswith("-gram") and others:
             others = dict.fromkeys(own, *others.values())
         changes = [value / others[seed] - 1 for seed, value in own.items() if seed in others]
         if changes:

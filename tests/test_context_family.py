@@ -44,3 +44,10 @@ def test_variants_have_the_mean_and_range_of_their_seeds(tmp_path: Path) -> None
 def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
     write_report([], tmp_path / "page.md", Path("rows.jsonl"))
     assert (tmp_path / "page.md").read_text().count("Not measured yet.") == len(QUESTIONS)
+
+
+def test_what_was_not_measured_is_not_compared(tmp_path: Path) -> None:
+    write_report(
+        [row("trained", 1, 10.0), row("untrained", 2, 12.0)], tmp_path / "page.md", Path("rows.jsonl")
+    )
+    assert "beside" not in (tmp_path / "page.md").read_text()
