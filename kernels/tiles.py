@@ -25,6 +25,11 @@ def _any_width(**tiles: int) -> ByWidth:
     return {(256, 2): tiles, (256, 4): tiles}
 
 
+def _vector(rows: int, warps: int) -> Tiles:
+    """BN rows of a matrix a program, which holds them whole."""
+    return {"BN": rows, "num_warps": warps, "num_stages": 1}
+
+
 # "default" fits into 99 KB of shared memory.
 _ATTENTION: dict[str, ByDevice] = {
     "_infini_attention_forward_kernel": {
@@ -181,6 +186,19 @@ TILES: dict[str, ByDevice] = {
     "_infini_decode_combine_kernel": {
         (9, 0): _any_width(BN=16, num_warps=1),
         "default": _any_width(BN=16, num_warps=8),
+    },
+    # By the length of the vectors.
+    "_gemv_kernel": {
+        "default": {
+            (256, 2): _vector(16, 4),
+            (1024, 2): _vector(8, 8),
+            (4096, 2): _vector(4, 8),
+            (16384, 2): _vector(2, 16),
+            (256, 4): _vector(16, 4),
+            (1024, 4): _vector(4, 8),
+            (4096, 4): _vector(2, 8),
+            (16384, 4): _vector(1, 16),
+        }
     },
 }
 

@@ -44,6 +44,7 @@ FUSED: dict[str, frozenset[str]] = {
     "window_attention": frozenset({"cuda"}),
     "infini_attention": frozenset({"cuda"}),
     "infini_decode": frozenset({"cuda"}),
+    "gemv": frozenset({"cuda"}),
     "context_sweep": _swept(),
     "context_jacobi": frozenset({"cuda"}),
 }

@@ -20,6 +20,7 @@ OPERATORS = {
     "window_attention",
     "infini_attention",
     "infini_decode",
+    "gemv",
     "context_sweep",
     "context_jacobi",
 }

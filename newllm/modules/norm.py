@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from newllm.reference.gemv import rms_norm
+
 
 class RMSNorm(nn.Module):
     """RMSNorm (arXiv 1910.07467) of the last axis, in at least float32, rounded before the weight (Llama)."""
@@ -16,6 +18,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` in x's dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

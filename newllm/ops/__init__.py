@@ -6,12 +6,14 @@ F feature width, S segment, W window, R ring length (W, or S without a window), 
 
 from newllm.ops.context_sweep import context_sweep
 from newllm.ops.decode import infini_decode
+from newllm.ops.gemv import gemv
 from newllm.ops.infini import infini_attention
 from newllm.ops.memory import memory_retrieve, memory_scan, memory_update
 from newllm.ops.window import window_attention
 
 __all__ = [
     "context_sweep",
+    "gemv",
     "infini_attention",
     "infini_decode",
     "memory_retrieve",

@@ -62,10 +62,10 @@ def floats(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
-def same_place(name: str, tensor: Tensor, like: Tensor) -> None:
-    """One dtype and device for all of an operator's inputs."""
+def same_place(name: str, tensor: Tensor, like: Tensor, other: str = "k") -> None:
+    """One dtype and device for all of an operator's inputs, those of its argument ``other``."""
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must be {like.dtype} like k, got {tensor.dtype}")
+        raise TypeError(f"{name} must be {like.dtype} like {other}, got {tensor.dtype}")
     device(name, tensor, like)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from newllm import ops
-from newllm.reference import context, infini, memory, window
+from newllm.reference import context, gemv, infini, memory, window
 from newllm.testing.op_case import Draw, Inputs, OpCase, mapped
 from newllm.types import ContextParams, FeatureMap, GatedParams, InfiniState, MemoryState
 
@@ -95,6 +95,10 @@ def _token(draw: Draw, **options: Any) -> Inputs:
     return {**inputs, **token, "state": state}
 
 
+def _vectors(draw: Draw, *sizes: str) -> Inputs:
+    return {"x": draw.normal("batch", "width"), "weights": tuple(draw.scaled(n, "width") for n in sizes)}
+
+
 def _context(draw: Draw) -> Inputs:
     weights = draw.scaled("layers", "width", "width"), draw.scaled("layers", "width", "input")
     vectors = [draw.normal("layers", "width") for _ in range(3)]
@@ -120,6 +124,10 @@ def _decode(state: InfiniState, active: Tensor | None = None, **inputs: Any) -> 
     mask = None if active is None else active[:, None]
     with torch.no_grad():
         return infini.infini_attention(**inputs, state=state, padding_mask=mask)
+
+
+def _gemv(compute_dtype: torch.dtype | None = None, **inputs: Any) -> Tensor:
+    return gemv.gemv(**inputs)
 
 
 def _sweep(cell: str = "context", **inputs: Any) -> Any:
@@ -202,6 +210,21 @@ CASES: dict[str, OpCase] = {
             "active": lambda draw: _token(draw) | {"active": draw.mask("batch")},
         },
         mutates="state",
+    ),
+    "gemv": OpCase(
+        ops.gemv,
+        _gemv,
+        {"batch": 2, "width": 20, "query": 18, "key": 7, "value": 5},
+        {
+            "plain": lambda draw: _vectors(draw, "query"),
+            "normed": lambda draw: (
+                _vectors(draw, "query", "key", "value") | {"norm": draw.normal("width") + 1, "eps": 1e-5}
+            ),
+            "residual": lambda draw: _vectors(draw, "key") | {"residual": draw.normal("batch", "key")},
+            "swiglu": lambda draw: (
+                _vectors(draw, "query", "query") | {"norm": draw.normal("width"), "swiglu": True}
+            ),
+        },
     ),
     "context_sweep": OpCase(
         ops.context_sweep,
