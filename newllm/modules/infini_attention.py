@@ -200,25 +200,12 @@ class InfiniAttention(nn.Module):
             in_place = tokens == 1 and state is not None and not torch.is_grad_enabled()
         padding = padding_mask(attention_mask, tokens, seen)
         q, k, v, recent = self._project(hidden_states, state, padding)
-        options: dict[str, Any] = {
-            "window": self.window,
-            "segment": self.segment,
-            "rope": self._rope(position_embeddings, tokens, state, q),
-            "rule": self.rule,
-            "eps": self.eps,
-        }
-        beta = None
-        if self.memory_gate is not None and self.memory_feature is not None:
-            beta = self.memory_gate()
-            options |= {"gate": self.memory_gate.kind, "feature": self.memory_feature()}
-            if self.memory_decay is not None:
-                options["decay"] = self.memory_decay()
         if in_place and state is not None:
-            active = None if padding is None else padding[:, 0]
-            out = ops.infini_decode(q, k, v, beta, state, active=active, **options)
+            out = self.decode(q, k, v, state, position_embeddings, None if padding is None else padding[:, 0])
             if recent is not None and state.recent is not None:
                 state.recent.copy_(recent)
         else:
+            beta, options = self._options(q, state, position_embeddings)
             out, state = self.attend(
                 q,
                 k,
@@ -235,6 +222,37 @@ class InfiniAttention(nn.Module):
         if layer is not None:
             layer.write(state, tokens)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), state
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: InfiniState,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        active: Tensor | None,
+    ) -> Tensor:
+        """One new token ``[B, H, 1, K]`` in the ``active [B]`` rows, written into ``state``."""
+        beta, options = self._options(q, state, position_embeddings)
+        return ops.infini_decode(q, k, v, beta, state, active=active, **options)
+
+    def _options(
+        self, q: Tensor, state: InfiniState | None, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """beta, and what else the operators are told beside tokens and state."""
+        options: dict[str, Any] = {
+            "window": self.window,
+            "segment": self.segment,
+            "rope": self._rope(position_embeddings, q.shape[2], state, q),
+            "rule": self.rule,
+            "eps": self.eps,
+        }
+        if self.memory_gate is None or self.memory_feature is None:
+            return None, options
+        options |= {"gate": self.memory_gate.kind, "feature": self.memory_feature()}
+        if self.memory_decay is not None:
+            options["decay"] = self.memory_decay()
+        return self.memory_gate(), options
 
     def _project(
         self, x: Tensor, state: InfiniState | None, padding: Tensor | None

@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from newllm.models.head import logits_and_loss
+from newllm.models.senri import fused_step
 from newllm.models.senri.configuration import SenriConfig
 from newllm.models.senri.shared import collect, lend, segment_ends
 from newllm.modules.cache import InfiniCacheLayer, cache_layer
@@ -73,6 +74,8 @@ class SenriBlock(GradientCheckpointingLayer):
         segment_weight: Tensor | None = None,
     ) -> tuple[Tensor, InfiniState]:
         """``hidden_states [B, T, hidden_size]``, bool ``padding [B, T]`` -> the same and the new state."""
+        if in_place and state is not None and fused_step.fits(self, hidden_states):
+            return fused_step.step(self, hidden_states, rope, padding, state), state
         attended, state = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=rope,
