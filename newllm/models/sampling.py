@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,22 @@ def ends_of(model: Any) -> Tensor:
     return torch.tensor(ends, dtype=torch.int64, device=model.device)
 
 
+# Logits [B, vocabulary] of float32 or more -> tokens [B] int64.
+Choice = Callable[[Tensor], Tensor]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The ``Choice`` of temperature 0."""
+    return logits.argmax(-1)
+
+
+def choice(sampling: Sampling, recent: Tensor, generator: torch.Generator | None = None) -> Choice:
+    """How ``sampling`` chooses; ``recent [B, N]`` will be the last tokens read, -1 standing for none."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return likeliest
+    return partial(next_token, recent=recent, sampling=sampling, generator=generator)
+
+
 def next_token(
     logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -88,7 +105,7 @@ def next_token(
         if sampling.repetition_penalty != 1:
             penalty = logits.new_full((len(logits),), sampling.repetition_penalty)
             logits = penalised(logits, recent, penalty)
-        return logits.argmax(-1)
+        return likeliest(logits)
     device = logits.device if generator is None else generator.device
     uniform = torch.rand(len(logits), generator=generator, device=device).to(logits)
     return choose(logits, recent, controls([sampling] * len(logits), logits), uniform)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.models.sampling import Sampling, ends_of, next_token
+from newllm.models.sampling import Sampling, choice
 from newllm.models.session_input import Input, pieces, token_rows
 from newllm.models.stepping import Fetched
 from newllm.models.streams import Compile, Model, Snapshot, Streams
@@ -60,7 +60,6 @@ class Session:
         self._streams = Streams(model, batch_size, compile=compile)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.chunk = batch_size, chunk
-        self._ends = ends_of(model)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -172,17 +171,15 @@ class Session:
         streams = self._streams
         if 0 in self.tokens:
             raise ValueError("prompt must hold a token for each row that has not read anything, got none")
-        active = torch.ones_like(streams.pending, dtype=torch.bool)
-        logits = streams.logits()
+        choose = choice(sampling or Sampling(), streams.recent, generator)
+        turn = streams.first_turn(choose)
         for left in reversed(range(max_new_tokens)):
-            tokens = next_token(logits, streams.recent, sampling or Sampling(), generator)
-            # Sampled, not read: a token is read by the next step, or by the next turn.
-            streams.pending.copy_(torch.where(active, tokens, streams.pending))
-            active = active & ~(tokens[:, None] == self._ends).any(1)
-            said = Fetched(torch.where(active, tokens, -1))
+            said = Fetched(turn.said)
+            # Chosen, not read: a token is read by the next step, or by the next call.
             if left and said.may(lambda ids: int(ids.max()) >= 0):
-                logits = streams.step(tokens, active)
-                streams.pending.masked_fill_(active, -1)
+                turn = streams.next_turn(turn, choose)
+            else:
+                streams.leave(turn)
             yield said.get()
             if int(said.get().max()) < 0:
                 return

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from newllm.models.sampling import Controls, Sampling, choose, controls, ends_of, generator
+from newllm.models.sampling import Controls, Sampling, choose, controls, generator
 from newllm.models.stepping import Fetched
 from newllm.models.streams import Compile, Model, Snapshot, Streams
 
@@ -43,7 +43,6 @@ class SessionBatch:
         self._streams = Streams(model, slots, compile=compile)
         self._speakers: list[_Speaker] = []
         self._tickets = itertools.count()
-        self._ends = ends_of(model)
         self._speaking = torch.zeros(slots, dtype=torch.bool, device=model.device)
         self._logits = self._streams.logits()
         self._controls = controls([], self._logits)
@@ -115,7 +114,7 @@ class SessionBatch:
         tokens = torch.where(speaking, self._chosen(rows), -1)
         said = Fetched(tokens)
         pending.copy_(torch.where(speaking, tokens, pending))
-        going = speaking & ~(tokens[:, None] == self._ends).any(1)
+        going = speaking & ~(tokens[:, None] == streams.ends).any(1)
         for row, speaker in enumerate(self._speakers):
             if speaker.ticket in last:
                 going[row] = False

@@ -1,8 +1,9 @@
-"""Steps that the host does not wait for: replayed from a CUDA graph, their tokens fetched on the way."""
+"""Steps that the host does not wait for: replayed from CUDA graphs, their tokens fetched on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,25 +33,45 @@ class Fetched:
         return self._sent is not None or holds(self._tensor)
 
 
-class StepGraph:
-    """A step replayed from a CUDA graph, on tokens and a mask at addresses of its own."""
+class Turn(NamedTuple):
+    """What is said next: ``tokens [B]`` of the rows that were ``speaking [B]``, and who is ``going`` on.
 
-    def __init__(self, step: Step, like: Tensor) -> None:
-        self._tokens, self._active = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
+    ``said [B]`` are the tokens of those, -1 in rows that have ended.
+    """
+
+    tokens: Tensor
+    speaking: Tensor
+    going: Tensor
+    said: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, speaking: Tensor, ends: Tensor) -> Turn:
+        """A row ends at one of the ``ends [E]``."""
+        going = speaking & ~(tokens[:, None] == ends).any(1)
+        return cls(tokens, speaking, going, tokens.masked_fill(~going, -1))
+
+
+class Replay:
+    """A function of tensors replayed from a CUDA graph, on inputs at addresses of its own."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Iterable[Tensor]) -> None:
         # No row is active while kernels are compiled and the graph is recorded: the states stay as they are.
-        stream = torch.cuda.Stream(like.device)
-        stream.wait_stream(torch.cuda.current_stream(like.device))
+        self.inputs = tuple(torch.zeros_like(each) for each in inputs)
+        device = self.inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(3):
-                step(self._tokens, self._active)
-        torch.cuda.current_stream(like.device).wait_stream(stream)
+                function(*self.inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = step(self._tokens, self._active)
+            self._outputs = function(*self.inputs)
 
-    def __call__(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Logits, at an address of their own too."""
-        self._tokens.copy_(tokens)
-        self._active.copy_(active)
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the function returns, at addresses of its own too."""
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if given is not mine:
+                mine.copy_(given)
         self._graph.replay()
-        return self._logits
+        return self._outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -11,9 +12,9 @@ from transformers.cache_utils import Cache
 
 from newllm.models.context_kv.modeling import ContextKVForCausalLM
 from newllm.models.context_lm.modeling import ContextLMForCausalLM
-from newllm.models.sampling import RECENT_TOKENS
+from newllm.models.sampling import RECENT_TOKENS, Choice, ends_of, likeliest
 from newllm.models.senri.modeling import SenriForCausalLM
-from newllm.models.stepping import Step, StepGraph
+from newllm.models.stepping import Replay, Step, Turn
 from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
 from newllm.types import ContextState, InfiniState
 
@@ -92,7 +93,9 @@ class Streams:
         self.hidden = torch.zeros(rows, head.in_features, dtype=model.dtype, device=model.device)
         self.pending = torch.full((rows,), -1, dtype=torch.int64, device=model.device)
         self.recent = self.pending[:, None].repeat(1, RECENT_TOKENS)
+        self.ends = ends_of(model)
         self._step: Step | None = None
+        self._turn: Replay | None = None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -145,23 +148,54 @@ class Streams:
         ``whole_steps`` is set, there may not be fewer.
         """
         if self._step is None:
-            self._step = self._made()
+            self._step = Replay(self._compiled, (tokens, active)) if self._graphed else self._compiled
         return self._step(tokens, active)
+
+    def first_turn(self, choose: Choice) -> Turn:
+        """What each row says after all that it has read."""
+        return Turn.of(choose(self.logits()), torch.ones_like(self.pending, dtype=torch.bool), self.ends)
+
+    def next_turn(self, turn: Turn, choose: Choice) -> Turn:
+        """Read what was said, and choose what is said then; ``turn`` may not be used any more."""
+        if choose is not likeliest or not self._graphed:
+            return self._after(turn, self.step, choose)
+        if self._turn is None:
+            self._turn = Replay(self._moved, turn)
+        self._turn(*turn)
+        return Turn(*self._turn.inputs)
+
+    def _moved(self, *held: Tensor) -> None:
+        """The likeliest next turn in the place of the last: nothing is left for the host to do."""
+        made = self._after(Turn(*held), self._compiled, likeliest)
+        for mine, given in zip(held, made, strict=True):
+            mine.copy_(given)
+
+    def _after(self, turn: Turn, step: Step, choose: Choice) -> Turn:
+        self.leave(turn)
+        self.pending.masked_fill_(turn.going, -1)
+        return Turn.of(choose(step(turn.tokens, turn.going)), turn.going, self.ends)
+
+    def leave(self, turn: Turn) -> None:
+        """End with what was said, which is read when the streams go on."""
+        self.pending.copy_(torch.where(turn.speaking, turn.tokens, self.pending))
 
     @property
     def whole_steps(self) -> bool:
         """Whether a step takes all rows: what is compiled has one shape, and what grows is no view."""
         return self.compile != "none" or isinstance(self.model, ContextKVForCausalLM)
 
-    def _made(self) -> Step:
-        step: Step = self._forward
-        if self.compile == "full":
-            # One row times a matrix is a reduction, fused with the norm before it and the sum behind it, and
-            # fast once its tiles are tuned.
-            tuned: Any = {"coordinate_descent_tuning": True} if self.model.device.type == "cuda" else None
-            step = torch.compile(step, fullgraph=True, dynamic=False, options=tuned)
-        if self.compile != "none" and self.model.device.type == "cuda":
-            step = StepGraph(step, self.pending)
+    @property
+    def _graphed(self) -> bool:
+        return self.compile != "none" and self.model.device.type == "cuda"
+
+    @cached_property
+    def _compiled(self) -> Step:
+        if self.compile != "full":
+            return self._forward
+        # One row times a matrix is a reduction, fused with the norm before it and the sum behind it, and
+        # fast once its tiles are tuned.
+        tuned: Any = {"coordinate_descent_tuning": True} if self.model.device.type == "cuda" else None
+        step: Step = torch.compile(self._forward, fullgraph=True, dynamic=False, options=tuned)
         return step
 
     @torch.no_grad()
