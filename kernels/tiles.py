@@ -191,7 +191,8 @@ TILES: dict[str, ByDevice] = {
     "_gemv_kernel": {
         "default": {
             (256, 2): _vector(16, 4),
-            (1024, 2): _vector(8, 8),
+            (1024, 2): _vector(4, 4),
+            (2048, 2): _vector(8, 8),
             (4096, 2): _vector(4, 8),
             (16384, 2): _vector(2, 16),
             (256, 4): _vector(16, 4),

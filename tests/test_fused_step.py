@@ -126,7 +126,7 @@ def test_what_the_kernels_lack_is_left_to_the_modules(
 
 def test_many_rows_and_the_reference_go_by_modules(fused_device: str, taken: list[nn.Module]) -> None:
     model = tiny_senri(num_hidden_layers=1, memory_layers=[0]).to(fused_device)
-    stepped(model, rows=9)
+    stepped(model, rows=5)
     with backends.use_backend("reference"):
         stepped(model)
     assert taken == []

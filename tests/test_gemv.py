@@ -17,7 +17,7 @@ FUSED = partial(ops.gemv, backend="fused")
 SIZES = (
     {"batch": 1},
     {"batch": 3, "width": 33, "query": 40, "key": 17, "value": 1},
-    {"batch": 8, "width": 1, "query": 1, "key": 1, "value": 1},
+    {"batch": 4, "width": 1, "query": 1, "key": 1, "value": 1},
     {"batch": 2, "width": 300, "query": 9, "key": 8, "value": 20},
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def test_a_product_obeys_the_error_rule(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 5, 8])
+@pytest.mark.parametrize("batch", [1, 3, 4])
 @pytest.mark.parametrize("width", [1, 80, 576, 1536, 14336])
 @pytest.mark.parametrize(("variant", "dtype"), [*product(CASE.variants, DTYPES)])
 def test_every_length(batch: int, width: int, variant: str, dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ def test_vectors_may_lie_anywhere(fused_device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 9}, "1 to 8 vectors, got 9"),
+        ({"batch": 5}, "1 to 4 vectors, got 5"),
         ({"width": 16385, "key": 1}, "up to 16384 elements, got 16385"),
     ],
 )

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from newllm.ops.support import DTYPES
 
-# Most vectors, and the longest of them, that a program holds beside its rows of the matrices.
-VECTORS, LENGTH = 8, 16384
+# Most vectors, and the longest of them. More rows are better multiplied by tensor cores: eight of them take
+# as long here as one after the other.
+VECTORS, LENGTH = 4, 16384
 
 
 def declined(
