@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from newllm.evaluation.context_checks import LONGEST_HORIZON
 from newllm.files import replace_file
 
 Rows = Sequence[dict[str, Any]]
@@ -71,7 +72,8 @@ QUESTIONS: dict[str, Question] = {
     "horizon": Question(
         "How far back does a context remember, and what does a longer memory buy?",
         "The horizon is the number of tokens after which two random starts agree to a mean squared distance "
-        "of 0.001. The input gain scales the half of W that reads the token: smaller steps contract less.",
+        f"of 0.001, a dash where they do not within {LONGEST_HORIZON}. The input gain scales the half of W "
+        "that reads the token: smaller steps contract less.",
         (PERPLEXITY, ACCURACY, HORIZON, RANK, SWEEPS),
         tuple(
             (f"input gain {gain}{state}", f"input gain 1{state}")

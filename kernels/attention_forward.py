@@ -24,12 +24,15 @@ from newllm.kernels.attention_tiles import (
 )
 from newllm.kernels.common import LOG2E, cast, dot, features, memory_dtype, padded, precision
 from newllm.kernels.rotate import ROWS, Keys
-from newllm.kernels.tiles import tiles_of
+from newllm.kernels.tiles import capability, tiles_of
 
 # Powers of two within these and their inverses are precise in the weights' dtype, float32 holds their sums.
 SAFE, SAFE_HALF = tl.constexpr(90.0), tl.constexpr(4.0)
 # Of a memory's matrix in a step.
 TILE_BYTES = 65536
+# Columns of a tile of values that no copy engine brings, on Hopper and later: of narrower ones ptxas 12.8
+# loses the address, and the first product of a loop reads what lies anywhere.
+LOADED = 64
 
 
 @triton.jit
@@ -204,6 +207,8 @@ def attend(
     )
     tiles = layout.query_tiles(tokens, sizes["BT"])
     (key_tiles, k_tma), (values, v_tma) = tiled(k, sizes["BS"], bk), tiled(v, sizes["BS"], bv)
+    if not v_tma and capability(q.device) >= (9, 0):
+        bv = max(bv, LOADED)
     cos, sin, rope_strides = rope_arguments(rope, tokens)
     parts = max(-(-bk // 128), bk * bv * memory_dtype(q.dtype).itemsize // TILE_BYTES)
     recall = memory or NO_MEMORY

@@ -61,6 +61,14 @@ def test_every_width(
     judge(CASES[kind](changes), dtype, "cuda", draws=draws, **sized(*shape, key=key, value=value))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key", "value"), [(8, 8), (24, 24), (40, 24), (64, 20)])
+@pytest.mark.parametrize("changes", ["learned stream", "no-memory"])
+def test_values_that_no_copy_engine_brings(changes: str, key: int, value: int, dtype: torch.dtype) -> None:
+    sizes = sized(131, 131, 67, key=key, value=value)
+    judge(CASES["layer"](changes), dtype, "cuda", draws=DRAWS[dtype], **sizes)
+
+
 OPTIONS = [
     "", "no-rope", "tanh", "learned open", "delta", "local", "no-memory", "weights", "cut", "full", "two",
     "delta cut", "delta full", "delta two", "padded", "apart", "stream", "delta stream", "local stream",

@@ -20,6 +20,9 @@ Sweep = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 FORGOTTEN = 1e-3
 """Two contexts whose mean squared distance is below this are the same for what follows."""
 
+LONGEST_HORIZON = 256
+"""Tokens after which two random starts are not looked at any more."""
+
 _DEAD, _COPIED = 0.1, 0.95
 _FINAL = ((1e-4, "excellent"), (1e-3, "good"), (1e-2, "moderate"))
 _SLOPE, _SPREAD = 1e-3, 0.01
@@ -243,7 +246,7 @@ def stream_checks(model: Any, ids: Tensor, sweeps: Sequence[int]) -> list[dict[s
 def _two_starts(one: Recurrence, x: Tensor, starts: int, seed: int) -> list[float]:
     """Mean squared distance by position of pairs of random starts, each pair on tokens of its own."""
     generator = torch.Generator().manual_seed(seed)
-    length = min(_PROFILE * 4, len(x) // starts)
+    length = min(LONGEST_HORIZON, len(x) // starts)
     if length < 1:
         raise ValueError(f"x must have at least {starts} positions, got {len(x)}")
     rows = torch.stack([x[n * length : (n + 1) * length] for n in range(starts)])
