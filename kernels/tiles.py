@@ -30,6 +30,11 @@ def _vector(rows: int, warps: int) -> Tiles:
     return {"BN": rows, "num_warps": warps, "num_stages": 1}
 
 
+def _vectors(elements: int) -> Tiles:
+    """As few rows of a matrix and vectors as tensor cores take, C times BC of their elements a step."""
+    return {"BN": 16, "BB": 16, "C": 8, "BC": elements, "num_warps": 8, "num_stages": 1}
+
+
 # "default" fits into 99 KB of shared memory.
 _ATTENTION: dict[str, ByDevice] = {
     "_infini_attention_forward_kernel": {
@@ -200,6 +205,10 @@ TILES: dict[str, ByDevice] = {
             (4096, 4): _vector(2, 8),
             (16384, 4): _vector(1, 16),
         }
+    },
+    "_gemv_together_kernel": {
+        (9, 0): {(1024, 2): _vectors(128), (16384, 2): _vectors(256)},
+        "default": {(16384, 2): _vectors(128)},
     },
 }
 

@@ -20,6 +20,11 @@ SIZES = (
     {"batch": 4, "width": 1, "query": 1, "key": 1, "value": 1},
     {"batch": 2, "width": 300, "query": 9, "key": 8, "value": 20},
 )
+TOGETHER = (
+    {"batch": 5, "width": 40, "query": 20, "key": 17, "value": 16},
+    {"batch": 16, "width": 1, "query": 1, "key": 1, "value": 1},
+    {"batch": 9, "width": 1030, "query": 33, "key": 8, "value": 2},
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +44,28 @@ def test_a_product_obeys_the_error_rule(
     judged(sizes, variant, dtype, fused_device)
 
 
+@pytest.mark.parametrize("sizes", TOGETHER, ids=str)
+@pytest.mark.parametrize(("variant", "dtype"), [*product(CASE.variants, DTYPES[1:])])
+def test_products_by_tensor_cores_obey_the_error_rule(
+    sizes: dict[str, int], variant: str, dtype: torch.dtype, fused_device: str
+) -> None:
+    judged(sizes, variant, dtype, fused_device)
+
+
+def test_long_vectors_of_float16_do_not_overflow(fused_device: str) -> None:
+    inputs = CASE.inputs("normed", torch.float16, device=fused_device, batch=6, width=700)
+    inputs |= {"x": 3e4 * inputs["x"].sign(), "norm": 8 * inputs["norm"]}
+    assert FUSED(**inputs).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [5, 8, 16])
+@pytest.mark.parametrize("width", [80, 576, 1536, 4096, 14336])
+@pytest.mark.parametrize(("variant", "dtype"), [*product(CASE.variants, DTYPES[1:])])
+def test_every_length_by_tensor_cores(batch: int, width: int, variant: str, dtype: torch.dtype) -> None:
+    judged({"batch": batch, "width": width, "query": 960, "key": 577, "value": 3}, variant, dtype, "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3, 4])
 @pytest.mark.parametrize("width", [1, 80, 576, 1536, 14336])
@@ -47,13 +74,17 @@ def test_every_length(batch: int, width: int, variant: str, dtype: torch.dtype) 
     judged({"batch": batch, "width": width, "query": 960, "key": 577, "value": 3}, variant, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("batch", "alone", "dtype"), [(3, 1, torch.float32), (9, 5, torch.bfloat16)])
 @pytest.mark.parametrize("variant", CASE.variants)
-def test_rows_do_not_know_each_other(variant: str, fused_device: str) -> None:
-    inputs = CASE.inputs(variant, torch.float32, device=fused_device, batch=3)
+def test_rows_do_not_know_each_other(
+    variant: str, batch: int, alone: int, dtype: torch.dtype, fused_device: str
+) -> None:
+    inputs = CASE.inputs(variant, dtype, device=fused_device, batch=batch)
     whole = FUSED(**inputs)
-    for row in range(3):
-        own = {name: inputs[name][row : row + 1] for name in ("x", "residual") if name in inputs}
-        assert torch.equal(FUSED(**{**inputs, **own}), whole[row : row + 1])
+    for row in range(batch - alone + 1):
+        part = slice(row, row + alone)
+        own = {name: inputs[name][part] for name in ("x", "residual") if name in inputs}
+        assert torch.equal(FUSED(**{**inputs, **own}), whole[part])
 
 
 def test_vectors_may_lie_anywhere(fused_device: str) -> None:
@@ -66,7 +97,7 @@ def test_vectors_may_lie_anywhere(fused_device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 5}, "1 to 4 vectors, got 5"),
+        ({"batch": 5}, "1 to 4 vectors of torch.float32, got 5"),
         ({"width": 16385, "key": 1}, "up to 16384 elements, got 16385"),
     ],
 )

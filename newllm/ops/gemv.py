@@ -26,7 +26,7 @@ def gemv(
     """``residual + RMSNorm(x) [W_1; W_2; ...]^T`` of a few vectors, in one kernel.
 
     Args:
-        x: ``[B, K]``; the kernel takes up to four rows.
+        x: ``[B, K]``; the kernel takes up to 16 rows, of float32 up to 4.
         weights: one to three ``[N_i, K]``.
         norm: ``[K]``, the weight of an RMSNorm (arXiv 1910.07467) with ``eps`` before the product.
         residual: ``[B, N]``, added to it.

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from newllm.ops.support import DTYPES
 
-# Most vectors, and the longest of them. More rows are better multiplied by tensor cores: eight of them take
-# as long here as one after the other.
-VECTORS, LENGTH = 4, 16384
+# Most vectors, which tensor cores multiply where there are more than SINGLE, and the longest.
+SINGLE, TOGETHER, LENGTH = 4, 16, 16384
 
 
 def declined(
@@ -18,8 +17,9 @@ def declined(
     """Why the kernel cannot take this call; None if it can."""
     if x.dtype not in DTYPES:
         return f"its kernel takes float16, bfloat16 and float32, got {x.dtype}"
-    if not 1 <= len(x) <= VECTORS:
-        return f"its kernel takes 1 to {VECTORS} vectors, got {len(x)}"
+    most = SINGLE if x.dtype == torch.float32 else TOGETHER
+    if not 1 <= len(x) <= most:
+        return f"its kernel takes 1 to {most} vectors of {x.dtype}, got {len(x)}"
     if x.shape[1] > LENGTH:
         return f"its kernel takes vectors of up to {LENGTH} elements, got {x.shape[1]}"
     given = [tensor for tensor in (x, *weights, norm, residual) if tensor is not None]
@@ -37,7 +37,7 @@ def gemv(
     """See ``newllm.kernels.gemv.gemv``."""
     from newllm.kernels.gemv import gemv as launch
 
-    return launch(x, weights, norm, residual, swiglu, eps)
+    return launch(x, weights, norm, residual, swiglu, eps, together=len(x) > SINGLE)
 
 
 @gemv.register_fake
