@@ -34,6 +34,10 @@ def tables(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.ones(shape), torch.zeros(shape)
 
 
+def vectors(*sizes: int) -> dict[str, Any]:
+    return {"x": torch.randn(2, 4), "weights": tuple(torch.randn(size, 4) for size in sizes)}
+
+
 INFINI: dict[str, Any] = {"beta": torch.zeros(4), "window": 4, "segment": 2}
 META = torch.zeros(2, device="meta")
 
@@ -393,6 +397,20 @@ WRONG: list[Wrong] = [
         ValueError,
         "rope's rows must be at least 4 with a state, got 3",
     ),
+    Wrong("gemv", {"x": torch.zeros(4)}, ValueError, "x must be of shape [B, K], got [4]"),
+    Wrong("gemv", vectors(), ValueError, "weights must be 2 with swiglu, 1 to 3 without, got 0"),
+    Wrong("gemv", vectors(1, 2, 3, 4), ValueError, "weights must be 2 with swiglu, 1 to 3 without, got 4"),
+    Wrong("gemv", {"swiglu": True}, ValueError, "weights[1] must be of shape [3, 4], got [5, 4]"),
+    Wrong(
+        "gemv",
+        {"weights": (torch.zeros(3, 4).half(),)},
+        TypeError,
+        "weights[0] must be torch.float32 like x, got torch.float16",
+    ),
+    Wrong("gemv", {"norm": torch.zeros(3)}, ValueError, "norm must be of shape [4], got [3]"),
+    Wrong(
+        "gemv", {"residual": torch.zeros(2, 3)}, ValueError, "residual must be of shape [2, 8], got [2, 3]"
+    ),
 ]
 
 
@@ -404,4 +422,5 @@ def good(op: str) -> dict[str, Any]:
         "window_attention": lambda: {**qkv(), "window": 4},
         "infini_attention": lambda: {**qkv(), **INFINI},
         "infini_decode": lambda: {**qkv(1), **INFINI, "state": stream()},
+        "gemv": lambda: vectors(3, 5),
     }[op]()
