@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,37 +77,37 @@ def ends_of(model: Any) -> Tensor:
     return torch.tensor(ends, dtype=torch.int64, device=model.device)
 
 
-# Logits [B, vocabulary] of float32 or more -> tokens [B] int64.
-Choice = Callable[[Tensor], Tensor]
+class Choice:
+    """How ``rows`` tokens are chosen by one ``sampling``; random numbers come from ``generator``.
 
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The ``Choice`` of temperature 0."""
-    return logits.argmax(-1)
-
-
-def choice(sampling: Sampling, recent: Tensor, generator: torch.Generator | None = None) -> Choice:
-    """How ``sampling`` chooses; ``recent [B, N]`` will be the last tokens read, -1 standing for none."""
-    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-        return likeliest
-    return partial(next_token, recent=recent, sampling=sampling, generator=generator)
-
-
-def next_token(
-    logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None
-) -> Tensor:
-    """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more, all rows by one ``sampling``.
-
-    ``recent [B, N]`` are the last tokens read, -1 standing for none.
+    What it needs is made ahead, and numbers are drawn apart: a CUDA graph can do neither.
     """
-    if sampling.temperature == 0:
-        if sampling.repetition_penalty != 1:
-            penalty = logits.new_full((len(logits),), sampling.repetition_penalty)
-            logits = penalised(logits, recent, penalty)
-        return likeliest(logits)
-    device = logits.device if generator is None else generator.device
-    uniform = torch.rand(len(logits), generator=generator, device=device).to(logits)
-    return choose(logits, recent, controls([sampling] * len(logits), logits), uniform)
+
+    def __init__(
+        self, sampling: Sampling, rows: int, like: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        self.sampling = sampling
+        self._controls = controls([sampling] * rows, like)
+        self._generator, self._like = generator, like
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """Numbers ``[B]`` in [0, 1) for the next call, none where nothing is left to chance."""
+        if self.sampling.temperature == 0:
+            return ()
+        device = self._like.device if self._generator is None else self._generator.device
+        uniform = torch.rand(len(self._controls.temperature), generator=self._generator, device=device)
+        return (uniform.to(self._like),)
+
+    def __call__(self, logits: Tensor, recent: Tensor, *drawn: Tensor) -> Tensor:
+        """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more.
+
+        ``recent [B, N]`` are the last tokens read, -1 standing for none.
+        """
+        if drawn:
+            return choose(logits, recent, self._controls, *drawn)
+        if self.sampling.repetition_penalty != 1:
+            logits = penalised(logits, recent, self._controls.repetition_penalty)
+        return logits.argmax(-1)
 
 
 def choose(logits: Tensor, recent: Tensor, controls: Controls, uniform: Tensor) -> Tensor:
@@ -119,7 +118,8 @@ def choose(logits: Tensor, recent: Tensor, controls: Controls, uniform: Tensor) 
     """
     scores = penalised(logits, recent, controls.repetition_penalty)
     greedy = scores.argmax(-1)
-    heat = torch.where(controls.temperature > 0, controls.temperature, 1)[:, None]
+    # No scalar in torch.where, which copies it from the host: a graph cannot.
+    heat = controls.temperature.masked_fill(controls.temperature == 0, 1)[:, None]
     values, order = (scores / heat).sort(descending=True, stable=True)
     ranks = torch.arange(values.shape[1], device=values.device)
     shares = values.masked_fill(ranks >= controls.top_k[:, None], -torch.inf).softmax(-1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.models.sampling import Sampling, choice
+from newllm.models.sampling import Choice, Sampling
 from newllm.models.session_input import Input, pieces, token_rows
 from newllm.models.stepping import Fetched
 from newllm.models.streams import Compile, Model, Snapshot, Streams
@@ -171,13 +171,14 @@ class Session:
         streams = self._streams
         if 0 in self.tokens:
             raise ValueError("prompt must hold a token for each row that has not read anything, got none")
-        choose = choice(sampling or Sampling(), streams.recent, generator)
-        turn = streams.first_turn(choose)
+        logits = streams.logits()
+        choice = Choice(sampling or Sampling(), self.batch_size, logits, generator)
+        turn = streams.first_turn(logits, choice)
         for left in reversed(range(max_new_tokens)):
             said = Fetched(turn.said)
             # Chosen, not read: a token is read by the next step, or by the next call.
             if left and said.may(lambda ids: int(ids.max()) >= 0):
-                turn = streams.next_turn(turn, choose)
+                turn = streams.next_turn(turn, choice)
             else:
                 streams.leave(turn)
             yield said.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from newllm.models.context_kv.modeling import ContextKVForCausalLM
 from newllm.models.context_lm.modeling import ContextLMForCausalLM
-from newllm.models.sampling import RECENT_TOKENS, Choice, ends_of, likeliest
+from newllm.models.sampling import RECENT_TOKENS, Choice, Sampling, ends_of
 from newllm.models.senri.modeling import SenriForCausalLM
 from newllm.models.stepping import Replay, Step, Turn
 from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
@@ -52,6 +52,13 @@ class Snapshot(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the layers' states."""
         return sum(state.nbytes() for state in self.states if state is not None)
+
+
+class _TurnGraph(NamedTuple):
+    """A turn as a graph, which has one way of choosing."""
+
+    sampling: Sampling
+    replay: Replay
 
 
 def _check_model(model: object) -> None:
@@ -95,7 +102,7 @@ class Streams:
         self.recent = self.pending[:, None].repeat(1, RECENT_TOKENS)
         self.ends = ends_of(model)
         self._step: Step | None = None
-        self._turn: Replay | None = None
+        self._turn: _TurnGraph | None = None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -151,29 +158,33 @@ class Streams:
             self._step = Replay(self._compiled, (tokens, active)) if self._graphed else self._compiled
         return self._step(tokens, active)
 
-    def first_turn(self, choose: Choice) -> Turn:
+    def first_turn(self, logits: Tensor, choice: Choice) -> Turn:
         """What each row says after all that it has read."""
-        return Turn.of(choose(self.logits()), torch.ones_like(self.pending, dtype=torch.bool), self.ends)
+        everyone = torch.ones_like(self.pending, dtype=torch.bool)
+        return Turn.of(choice(logits, self.recent, *choice.draw()), everyone, self.ends)
 
-    def next_turn(self, turn: Turn, choose: Choice) -> Turn:
+    def next_turn(self, turn: Turn, choice: Choice) -> Turn:
         """Read what was said, and choose what is said then; ``turn`` may not be used any more."""
-        if choose is not likeliest or not self._graphed:
-            return self._after(turn, self.step, choose)
-        if self._turn is None:
-            self._turn = Replay(self._moved, turn)
-        self._turn(*turn)
-        return Turn(*self._turn.inputs)
+        drawn = choice.draw()
+        if not self._graphed:
+            return self._after(turn, self.step, choice, *drawn)
+        if self._turn is None or self._turn.sampling != choice.sampling:
+            self._turn = _TurnGraph(choice.sampling, Replay(partial(self._moved, choice), (*turn, *drawn)))
+        self._turn.replay(*turn, *drawn)
+        return Turn(*self._turn.replay.inputs[: len(turn)])
 
-    def _moved(self, *held: Tensor) -> None:
-        """The likeliest next turn in the place of the last: nothing is left for the host to do."""
-        made = self._after(Turn(*held), self._compiled, likeliest)
-        for mine, given in zip(held, made, strict=True):
+    def _moved(self, choice: Choice, *held: Tensor) -> None:
+        """The next turn in the place of the last: nothing is left for the host to do."""
+        parts = len(Turn._fields)
+        made = self._after(Turn(*held[:parts]), self._compiled, choice, *held[parts:])
+        for mine, given in zip(held[:parts], made, strict=True):
             mine.copy_(given)
 
-    def _after(self, turn: Turn, step: Step, choose: Choice) -> Turn:
+    def _after(self, turn: Turn, step: Step, choice: Choice, *drawn: Tensor) -> Turn:
         self.leave(turn)
         self.pending.masked_fill_(turn.going, -1)
-        return Turn.of(choose(step(turn.tokens, turn.going)), turn.going, self.ends)
+        logits = step(turn.tokens, turn.going)
+        return Turn.of(choice(logits, self.recent, *drawn), turn.going, self.ends)
 
     def leave(self, turn: Turn) -> None:
         """End with what was said, which is read when the streams go on."""
