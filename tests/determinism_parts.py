@@ -46,12 +46,14 @@ class Configuration(NamedTuple):
 
 
 _MOST = {"batch": 9, "heads": 4, "kv_heads": 2, "tokens": 40, "key": 32, "value": 32, "window": 20,
-         "segment": 10, "before": 25, "input": 16, "width": 200, "hidden": 130, "layers": 3}  # fmt: skip
+         "segment": 10, "before": 25, "input": 16, "width": 200, "hidden": 130, "layers": 3,
+         "query": 40}  # fmt: skip
 _HEADS = {"batch": 2, "heads": 8, "kv_heads": 4, "key": 128, "value": 128}
 _LONG = {**_HEADS, "tokens": 2000, "window": 512, "segment": 500, "before": 700}
 _SHORT = {**_HEADS, "key": 64, "value": 96, "tokens": 131, "window": 70, "segment": 67, "before": 150}
 _WRITE = {**_HEADS, "tokens": 5000, "segment": 512}
 _STEP = {**_HEADS, "tokens": 1026, "window": 1024, "segment": 512}
+_ROWS = {"width": 1536, "query": 577, "key": 960, "value": 1}
 _SWEEP = {"batch": 1, "tokens": 64, "input": 16, "width": 768, "layers": 1}
 CONFIGURATIONS = (
     Configuration("layer", "learned", BF16, _LONG),
@@ -69,6 +71,8 @@ CONFIGURATIONS = (
     Configuration("decode", "linear/tanh", BF16, _STEP),
     Configuration("decode", "delta/bias", F32, _STEP),
     Configuration("decode", "active/rope by row", F16, {**_STEP, "tokens": 64, "window": 60, "segment": 60}),
+    Configuration("gemv", "normed", BF16, {**_ROWS, "batch": 1}),
+    Configuration("gemv", "swiglu", F16, {**_ROWS, "batch": 9}),
     Configuration("context_sweep", "context", F32, _SWEEP, threads=3),
     Configuration("context_sweep", "context", BF16, {**_SWEEP, "batch": 30}, threads=4),
     Configuration("context_sweep", "context", F32, {**_SWEEP, "batch": 9, "layers": 3}),

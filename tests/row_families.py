@@ -79,12 +79,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """Rows of one operator: its ``options``, how large, with which case, and how often it is drawn."""
+    """Rows of one operator: its ``options``, how large, with which case, and how often it is drawn.
+
+    What its kernels are compiled for are ``programs`` among its sizes.
+    """
 
     options: tuple[str, ...]
     sizes: Callable[[random.Random, Scale, str, torch.dtype], Sizes]
     case: Callable[[str], OpCase]
     share: int
+    programs: tuple[str, ...] = ("key", "value")
 
 
 def geometric(choose: random.Random, low: int, high: int) -> int:
@@ -140,6 +144,12 @@ def _sweep(choose: random.Random, scale: Scale, option: str, dtype: torch.dtype)
     return {**sizes, "input": choose.choice([5, 16]), "width": width, **hidden, "layers": layers}
 
 
+def _vectors(choose: random.Random, scale: Scale, option: str, dtype: torch.dtype) -> Sizes:
+    sizes = {name: geometric(choose, 1, scale.context) for name in ("query", "key", "value")}
+    few = 4 if dtype == torch.float32 else 16
+    return {**sizes, "batch": choose.randint(1, few), "width": geometric(choose, 1, 4 * scale.context)}
+
+
 JACOBI = replace(
     CASES["context_sweep"],
     public=partial(ops.context_sweep, method="jacobi"),
@@ -169,6 +179,13 @@ def _remembered(op: str) -> Callable[[str], OpCase]:
     return case
 
 
+def _multiplied(option: str) -> OpCase:
+    """Without gradients, which its kernels do not make."""
+    case = CASES["gemv"]
+    fixed = ("x", "weights", "norm", "residual")
+    return replace(case, variants={"changed": case.variants[option]}, constants=fixed)
+
+
 LAYER = (
     "", "learned", "no-rope", "tanh", "learned open", "delta", "learned delta", "local", "no-memory",
     "weights", "cut", "full", "two", "delta cut", "delta full", "delta two", "padded", "apart", "stream",
@@ -188,6 +205,9 @@ FAMILIES: dict[str, Family] = {
     "memory_retrieve": Family((*VARIANTS["memory_retrieve"],), _memory, _remembered("memory_retrieve"), 1),
     "decode": Family(DECODE, _decode, lambda option: decode(*option.split("/")), 3),
     "context_sweep": Family(("context", "gated"), _sweep, _swept, 3),
+    "gemv": Family(
+        (*CASES["gemv"].variants,), _vectors, _multiplied, 2, ("query", "key", "value", "batch", "width")
+    ),
 }
 
 
@@ -225,9 +245,9 @@ def group(number: int, scale: Scale, rows: int) -> list[Row]:
     option = family.options[turn % len(family.options)]
     dtype = DTYPES[turn // len(family.options) % len(DTYPES)]
     first = family.sizes(choose, scale, option, dtype)
-    widths = {name: first[name] for name in ("key", "value") if name in first}
+    program = {size: first[size] for size in family.programs if size in first}
     lengths = [first, *(family.sizes(choose, scale, option, dtype) for _ in range(rows - 1))]
-    return [Row(name, option, dtype, {**sizes, **widths}, choose.randrange(2**20)) for sizes in lengths]
+    return [Row(name, option, dtype, {**sizes, **program}, choose.randrange(2**20)) for sizes in lengths]
 
 
 def draws(row: Row, device: str, count: int) -> Iterator[Inputs]:

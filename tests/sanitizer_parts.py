@@ -27,8 +27,11 @@ from tests.row_families import DTYPES, FAMILIES, Row, Sizes, judged_gradients
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PARTS = 10
-# Kernels of float32 inputs alone.
-PRECISE = {"_infini_attention_backward_slopes_kernel"}
+# Kernels that not all dtypes have.
+DTYPES_OF = {
+    "_infini_attention_backward_slopes_kernel": (torch.float32,),
+    "_gemv_together_kernel": (torch.bfloat16, torch.float16),
+}
 # The exit status with which a tool says that it found something.
 FOUND = 66
 _WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
@@ -48,6 +51,11 @@ _SWEPT: dict[str, list[Sizes]] = {
         [(1, 32, 70, 1), (9, 100, 33, 0), (9, 768, 700, 0), (3, 129, 64, 3)]
     ],
 }  # fmt: skip
+# Very few vectors, and a few more, which float32 does not have.
+_MULTIPLIED = (
+    {"batch": 3, "width": 70, "query": 33, "key": 20, "value": 7},
+    {"batch": 9, "width": 1100, "query": 33, "key": 20, "value": 7},
+)
 SWEEPS = {
     f"{cell}{direction} {kernel} {dtype}"
     for cell, kernel, dtypes in (
@@ -74,6 +82,10 @@ def _rows() -> Iterator[Row]:
             for dtype in DTYPES:
                 if name == "context_sweep":
                     yield from (Row(name, option, dtype, sizes, 0) for sizes in _SWEPT[option])
+                    continue
+                if name == "gemv":
+                    few = _MULTIPLIED[: 1 if dtype == torch.float32 else 2]
+                    yield from (Row(name, option, dtype, sizes, 0) for sizes in few)
                     continue
                 key, value = next(widths)
                 lengths = {x: n for x, n in _LENGTHS.items() if name in ("layer", "window") or x != "before"}
@@ -153,8 +165,7 @@ def gpu_only() -> set[str]:
 def missing(found: set[str]) -> list[str]:
     """The kernels, by dtype, that ``found`` lacks."""
     portable = {name for name in kernels() if not name.endswith("_hopper_kernel")}
-    wanted = {f"{name} {_title(dtype)}" for name in portable - PRECISE for dtype in DTYPES}
-    wanted |= {f"{name} float32" for name in PRECISE}
+    wanted = {f"{name} {_title(dtype)}" for name in portable for dtype in DTYPES_OF.get(name, DTYPES)}
     return sorted((wanted | gpu_only()) - found)
 
 

@@ -20,8 +20,8 @@ ADDS_IN_ANY_ORDER = re.compile(
 )
 
 
-def test_there_are_twenty_configurations_of_every_operator() -> None:
-    assert len(CONFIGURATIONS) == len({each.name for each in CONFIGURATIONS}) == 20
+def test_there_are_twenty_configurations_and_more_of_every_operator() -> None:
+    assert len(CONFIGURATIONS) == len({each.name for each in CONFIGURATIONS}) >= 20
     assert {each.dtype for each in CONFIGURATIONS} == {torch.float32, torch.bfloat16, torch.float16}
 
 
