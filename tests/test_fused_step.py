@@ -127,6 +127,16 @@ def test_what_the_kernels_lack_is_left_to_the_modules(
     assert taken == []
 
 
+def test_other_dtypes_go_by_modules(fused_device: str, taken: list[nn.Module]) -> None:
+    model = tiny_senri(num_hidden_layers=1, memory_layers=[0]).to(fused_device)
+    with torch.autocast(fused_device, torch.bfloat16):
+        stepped(model)
+    model.model.layers[0].post_attention_layernorm.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        stepped(model)
+    assert taken == []
+
+
 def test_many_rows_and_the_reference_go_by_modules(fused_device: str, taken: list[nn.Module]) -> None:
     model = tiny_senri(num_hidden_layers=1, memory_layers=[0]).to(fused_device)
     stepped(model, rows=5)

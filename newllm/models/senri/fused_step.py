@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -20,19 +21,23 @@ if TYPE_CHECKING:
 def fits(block: SenriBlock, hidden_states: Tensor) -> bool:
     """Whether :func:`step` computes what ``block``'s modules do, by kernels.
 
-    Not for adapters in place of a projection, quantised weights, biases, hooks, or many rows.
+    Not for adapters in place of a projection, quantised weights, biases, hooks, autocast, or many rows.
     """
     attention, mlp = block.self_attn, block.mlp
     if not (_untouched(attention, InfiniAttention) and _untouched(mlp, LlamaMLP)):
         return False
-    linear: list[nn.Module] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    dtype = hidden_states.dtype
     return (
-        all(_untouched(norm, RMSNorm) for norm in (block.input_layernorm, block.post_attention_layernorm))
-        and all(_plain(each) for each in linear)
+        all(_untouched(norm, RMSNorm) and _plain(norm.weight, dtype) for norm in norms)
+        and all(_untouched(one, nn.Linear) and _plain(one.weight, dtype) for one in linear)
+        and all(one.bias is None for one in linear)
         and attention.q_norm is None
         and attention.short_conv is None
         and mlp.config.hidden_act == "silu"
+        and not torch.is_autocast_enabled(hidden_states.device.type)
         and declined(hidden_states[:, 0], (), None, None) is None
         and backends.resolve("gemv", hidden_states.device) == "fused"
     )
@@ -69,6 +74,6 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked and "forward" not in module.__dict__
 
 
-def _plain(linear: Any) -> bool:
-    """Whether a module is no more than a matrix."""
-    return _untouched(linear, nn.Linear) and linear.bias is None and type(linear.weight) is nn.Parameter
+def _plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is numbers of this dtype, and no subclass that stands for others."""
+    return type(weight) is nn.Parameter and weight.dtype == dtype
