@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from newllm.cli import main
+from newllm.cli.presets import preset_path
 from newllm.data.passkey import byte_passkey, training_batch
 from newllm.data.recall.drafts import language
 from newllm.data.tokenizer import QUESTION_TOKEN, byte_tokenizer
@@ -128,6 +130,37 @@ def test_suites_in_words_are_trained_on_as_they_are_tested() -> None:
             if asked.endswith("is"):
                 assert float(segments[place // 64]) == 1.0
     assert len(seen) >= 2
-    short = replace(config, lengths=[100])
-    with pytest.raises(ValueError, match="is too short for its prompt, which needs"):
-        SuiteBatches(language(byte_tokenizer(), PROSE), short, segment=64, steps=1, seed=0)
+
+
+def test_samples_hardly_longer_than_their_prompts_leave_less_behind_the_answer() -> None:
+    config = TaskConfig(
+        suites=["niah_multiquery"],
+        lengths=[720],
+        tokens_per_step=7200,
+        shift=True,
+        text_weight=0.0,
+        dilution=1.0,
+    )
+    words = language(byte_tokenizer(), PROSE * 4)
+    batches = SuiteBatches(words, config, segment=128, steps=10, seed=0)
+    behind = [
+        719 - int(weight.nonzero()[-1]) for step in range(10) for weight in batches.batch(step)["loss_weight"]
+    ]
+    assert min(behind) < 8
+    assert 32 < max(behind) < 128
+
+
+@pytest.mark.parametrize("name", ["niah", "qa1"])
+def test_presets_of_suites_can_be_written_from_their_shortest_length_on(name: str) -> None:
+    preset = yaml.safe_load(preset_path(name, "train recall").read_text())
+    config, segment = TaskConfig(**preset["task"]), preset["model"]["segment"]
+    batches = SuiteBatches(language(byte_tokenizer(), PROSE), config, segment=segment, steps=4, seed=0)
+    assert batches.batch(0)["input_ids"].shape == (config.max_rows, min(config.lengths))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lengths_too_short_for_one_of_the_suites_are_refused_at_once(seed: int) -> None:
+    words = language(byte_tokenizer(), PROSE)
+    config = TaskConfig(suites=["niah_single_2", "niah_multiquery"], lengths=[500, 800])
+    with pytest.raises(ValueError, match="length 500 is too short for its prompt, which needs 6"):
+        SuiteBatches(words, config, segment=64, steps=1, seed=seed)

@@ -7,11 +7,14 @@ from random import Random
 import torch
 from torch import Tensor
 
-from newllm.data.recall.drafts import Language, written
+from newllm.data.recall.drafts import Draft, Language, answer_pieces, least_tokens, written
 from newllm.data.recall.prompts import Written, cell_seed
 from newllm.data.recall.suites import drafting
 from newllm.training.config import TaskConfig
 from newllm.training.dilution import diluted
+
+# Prompts of a suite that are planned before the first batch.
+_PLANNED = 100
 
 
 class SuiteBatches:
@@ -29,7 +32,7 @@ class SuiteBatches:
     def __init__(self, words: Language, config: TaskConfig, *, segment: int, steps: int, seed: int) -> None:
         self.words, self.config, self.segment, self.steps, self.seed = words, config, segment, steps, seed
         self.drafts = [drafting(name)[0] for name in config.suites]
-        self._row(min(config.lengths), 0, 0)
+        self._check(min(config.lengths))
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of ``step``."""
@@ -44,14 +47,25 @@ class SuiteBatches:
         batch = {"input_ids": ids, "loss_weight": weight}
         return batch | diluted(kept, config.dilution, progress, generator)
 
+    def _check(self, length: int) -> None:
+        """Plan some prompts of every suite in ``length`` tokens, so that none turns out too short later."""
+        random = Random(0)
+        planned = [draft(None, random) for draft in self.drafts for _ in range(_PLANNED)]
+        least = max(self._least(draft) for draft in planned)
+        if length < least:
+            raise ValueError(f"length {length} is too short for its prompt, which needs {least} tokens")
+
+    def _least(self, draft: Draft) -> int:
+        """Tokens of a sample of ``draft`` without any filler."""
+        return least_tokens(self.words, draft) + sum(map(len, answer_pieces(self.words, draft)[0]))
+
     def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
         random = Random(cell_seed("train", self.seed, step, row))
         draft = self.drafts[random.randrange(len(self.drafts))](self._depth(random), random)
-        answer = sum(len(self.words.encode(f" {part}")) for part in draft.answer)
-        answer += (len(draft.answer) - 1) * len(self.words.encode(draft.glue))
-        most = min(self.segment, length // 4) if self.config.shift else 1
-        behind = random.randrange(most)
+        answer = sum(map(len, answer_pieces(self.words, draft)[0]))
+        spare = max(0, length - answer - least_tokens(self.words, draft))
+        behind = random.randrange(min(self.segment, spare + 1)) if self.config.shift else 0
         made = written(self.words, draft, length - answer - behind, random)
         return self._filled(made, length, random)
 

@@ -116,6 +116,11 @@ def written(words: Language, draft: Draft, length: int, random: Random) -> Writt
     return Written(prompt, *answer_pieces(words, draft), len(question), spans)
 
 
+def least_tokens(words: Language, draft: Draft) -> int:
+    """Tokens of the prompt that ``draft`` plans, without any filler."""
+    return sum(len(words.encode(piece)) for piece in (draft.head, *draft.needles, draft.question))
+
+
 def answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[int]]:
     """The answer's token ids piece by piece, and which part each piece belongs to."""
     pieces: list[list[int]] = []
