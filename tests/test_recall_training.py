@@ -158,9 +158,26 @@ def test_presets_of_suites_can_be_written_from_their_shortest_length_on(name: st
     assert batches.batch(0)["input_ids"].shape == (config.max_rows, min(config.lengths))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_lengths_too_short_for_one_of_the_suites_are_refused_at_once(seed: int) -> None:
+def test_short_lengths_ask_what_is_short() -> None:
+    config = TaskConfig(
+        suites=["niah_single_2", "niah_multiquery", "qa1"],
+        lengths=[160, 384, 800],
+        tokens_per_step=8000,
+        shift=True,
+    )
+    batches = SuiteBatches(language(byte_tokenizer(), PROSE * 4), config, segment=64, steps=3, seed=0)
+    asked = []
+    for step in range(3):
+        text = b"".join(bytes(ids.tolist()) for ids in batches.batch(step)["input_ids"])
+        asked.append(tuple(question in text for question in (b" Answer: ", b" text is ", b" text are ")))
+    assert asked == [(True, False, False), (True, True, False), (True, True, True)]
+
+
+@pytest.mark.parametrize(("lengths", "least"), [([300, 800], 35), ([500], 6)])
+def test_lengths_too_short_for_a_suite_are_refused_at_once(lengths: list[int], least: int) -> None:
     words = language(byte_tokenizer(), PROSE)
-    config = TaskConfig(suites=["niah_single_2", "niah_multiquery"], lengths=[500, 800])
-    with pytest.raises(ValueError, match="length 500 is too short for its prompt, which needs 6"):
-        SuiteBatches(words, config, segment=64, steps=1, seed=seed)
+    config = TaskConfig(suites=["niah_single_2", "niah_multiquery"], lengths=lengths)
+    with pytest.raises(
+        ValueError, match=f"length {lengths[0]} is too short for its prompt, which needs {least}"
+    ):
+        SuiteBatches(words, config, segment=64, steps=1, seed=0)

@@ -94,7 +94,8 @@ class TaskConfig:
     """Pieces of text with a key hidden in them and asked for at their end.
 
     Args:
-        suites: what is asked, in equal shares: passkey, or suites in words (see newllm eval MODEL --suite).
+        suites: what is asked, in equal shares of what fits a length: passkey, or suites in words (see newllm
+            eval MODEL --suite).
         lengths: tokens of a sample, in equal shares of the training.
         tokens_per_step: most tokens of a batch.
         max_rows: most samples of a batch.

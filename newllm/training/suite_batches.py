@@ -23,16 +23,22 @@ class SuiteBatches:
     Dicts of ``input_ids``, ``loss_weight`` and ``segment_weight`` like those of ``NeedleBatches``: answers
     count 1 in all, the text before them ``text_weight``. ``edge``, ``near`` and ``shift`` are what they are
     there: shares of samples whose first needle stands at the start or in the last tenth of the text, and
-    questions that stand anywhere in a segment. ``straddle`` is left to chance: needles are long.
+    questions that stand anywhere in a segment. ``straddle`` is left to chance: needles are long. A prompt
+    that does not fit its length is drawn again, so that short lengths ask what is short.
 
     Raises:
-        ValueError: for a suite that is not written in words, or a length too short for its prompts.
+        ValueError: for a suite that is not written in words, a shortest length that is too short for all
+            prompts, or a longest length that is too short for one.
     """
 
     def __init__(self, words: Language, config: TaskConfig, *, segment: int, steps: int, seed: int) -> None:
         self.words, self.config, self.segment, self.steps, self.seed = words, config, segment, steps, seed
         self.drafts = [drafting(name)[0] for name in config.suites]
-        self._check(min(config.lengths))
+        random = Random(0)
+        planned = [self._least(draft(None, random)) for draft in self.drafts for _ in range(_PLANNED)]
+        for length, least in (min(config.lengths), min(planned)), (max(config.lengths), max(planned)):
+            if length < least:
+                raise ValueError(f"length {length} is too short for its prompt, which needs {least} tokens")
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of ``step``."""
@@ -47,13 +53,13 @@ class SuiteBatches:
         batch = {"input_ids": ids, "loss_weight": weight}
         return batch | diluted(kept, config.dilution, progress, generator)
 
-    def _check(self, length: int) -> None:
-        """Plan some prompts of every suite in ``length`` tokens, so that none turns out too short later."""
-        random = Random(0)
-        planned = [draft(None, random) for draft in self.drafts for _ in range(_PLANNED)]
-        least = max(self._least(draft) for draft in planned)
-        if length < least:
-            raise ValueError(f"length {length} is too short for its prompt, which needs {least} tokens")
+    def _draft(self, length: int, random: Random) -> tuple[Draft, int]:
+        """A draft that fits ``length`` tokens, and how many it leaves to filler."""
+        while True:
+            draft = random.choice(self.drafts)(self._depth(random), random)
+            spare = length - self._least(draft)
+            if spare >= 0:
+                return draft, spare
 
     def _least(self, draft: Draft) -> int:
         """Tokens of a sample of ``draft`` without any filler."""
@@ -62,9 +68,8 @@ class SuiteBatches:
     def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
         random = Random(cell_seed("train", self.seed, step, row))
-        draft = self.drafts[random.randrange(len(self.drafts))](self._depth(random), random)
+        draft, spare = self._draft(length, random)
         answer = sum(map(len, answer_pieces(self.words, draft)[0]))
-        spare = max(0, length - answer - least_tokens(self.words, draft))
         behind = random.randrange(min(self.segment, spare + 1)) if self.config.shift else 0
         made = written(self.words, draft, length - answer - behind, random)
         return self._filled(made, length, random)
