@@ -148,7 +148,8 @@ def gemv(
 
     ``together`` takes the vectors, 16 at most, to tensor cores.
     """
-    x, residual = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, residual))
+    given = (x, norm, residual)
+    x, norm, residual = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in given)
     (batch, depth), sizes = x.shape, [len(weight) for weight in weights]
     out = x.new_empty(batch, sizes[0] if swiglu else sum(sizes))
     kernel = _gemv_together_kernel if together else _gemv_kernel

@@ -205,9 +205,7 @@ FAMILIES: dict[str, Family] = {
     "memory_retrieve": Family((*VARIANTS["memory_retrieve"],), _memory, _remembered("memory_retrieve"), 1),
     "decode": Family(DECODE, _decode, lambda option: decode(*option.split("/")), 3),
     "context_sweep": Family(("context", "gated"), _sweep, _swept, 3),
-    "gemv": Family(
-        (*CASES["gemv"].variants,), _vectors, _multiplied, 2, ("query", "key", "value", "batch", "width")
-    ),
+    "gemv": Family((*CASES["gemv"].variants,), _vectors, _multiplied, 2, ("batch", "width")),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from source_tree import ROOT, sources
 
 from tests.determinism_parts import CONFIGURATIONS, Configuration, bits, differing, repeated
+from tests.row_families import FAMILIES
 
 # Triton's, CUDA's, PTX's. (The CPU sweeps' barrier is made of std::atomic; no number passes through it.)
 ATOMIC = re.compile(
@@ -20,8 +21,9 @@ ADDS_IN_ANY_ORDER = re.compile(
 )
 
 
-def test_there_are_twenty_configurations_and_more_of_every_operator() -> None:
-    assert len(CONFIGURATIONS) == len({each.name for each in CONFIGURATIONS}) >= 20
+def test_there_are_configurations_of_every_operator() -> None:
+    assert len(CONFIGURATIONS) == len({each.name for each in CONFIGURATIONS}) == 22
+    assert {each.family for each in CONFIGURATIONS} == {*FAMILIES}
     assert {each.dtype for each in CONFIGURATIONS} == {torch.float32, torch.bfloat16, torch.float16}
 
 

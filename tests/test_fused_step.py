@@ -17,7 +17,8 @@ from newllm.models.sampling import Sampling
 from newllm.models.senri import fused_step
 from newllm.models.session import Session
 from newllm.models.streams import Streams
-from newllm.testing import assert_no_worse, leaves
+from newllm.testing import DRAWS, largest, leaves
+from newllm.testing.rule import errors_of, share_of
 from tests.tiny_models import random_tokens, tiny_senri
 
 STEPS = 3
@@ -37,10 +38,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return blocks
 
 
-def stepped(model: SenriForCausalLM, rows: int = 2) -> dict[str, Tensor]:
-    """Logits of a few steps after two windows and a half, the second row paused at times, and the states."""
+def stepped(model: SenriForCausalLM, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Logits of a few steps after two windows and a half, the last row paused at times, and the states."""
     # The same tokens for whatever is compared.
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     ids = random_tokens(rows, 20 + STEPS).to(model.device)
     streams = Streams(model, rows)
     with backends.use_backend("reference"):
@@ -51,6 +52,20 @@ def stepped(model: SenriForCausalLM, rows: int = 2) -> dict[str, Tensor]:
         active[-1] = index % 2 == 0
         logits.append(streams.step(tokens, active).clone())
     return {"logits": torch.stack(logits, 1), **dict(leaves({"states": streams.states}))}
+
+
+def judge(model: SenriForCausalLM, rows: int = 2) -> None:
+    """Hold the model's steps to the error rule, a few draws of its tokens as one."""
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    exact = copy.deepcopy(model).double()
+    for seed in range(DRAWS[torch.float32]):
+        found = stepped(model, rows, seed)
+        with backends.use_backend("reference"):
+            baseline, oracle = stepped(model, rows, seed), stepped(exact, rows, seed)
+        for name, result in found.items():
+            errors.setdefault(name, []).append(errors_of(result, oracle[name], baseline[name], name))
+    for name, all_draws in errors.items():
+        share_of(all_draws, name)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +83,12 @@ def stepped(model: SenriForCausalLM, rows: int = 2) -> dict[str, Tensor]:
 def test_a_step_obeys_the_error_rule(
     rows: int, dtype: torch.dtype, options: dict[str, Any], fused_device: str, taken: list[nn.Module]
 ) -> None:
-    model = tiny_senri(**options).to(fused_device, dtype)
+    model = tiny_senri(rms_norm_eps=1e-2, **options).to(fused_device, dtype)
     for name, parameter in model.named_parameters():
         if "memory" in name:
             parameter.data = parameter.data.float()
-    found = stepped(model, rows)
-    assert taken == [*model.model.layers] * STEPS
-    with backends.use_backend("reference"):
-        baseline, oracle = stepped(model, rows), stepped(copy.deepcopy(model).double(), rows)
-    assert len(taken) == len(model.model.layers) * STEPS
-    for name, result in found.items():
-        assert_no_worse(result, oracle[name].to(oracle["logits"]), baseline[name], name)
+    judge(model, rows)
+    assert taken == [*model.model.layers] * STEPS * DRAWS[torch.float32]
 
 
 def _hook(model: SenriForCausalLM) -> None:
@@ -102,7 +112,43 @@ def _replaced(model: SenriForCausalLM) -> None:
     norm.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("change", [_hook, _adapter, _replaced])
+def _early_hook(model: SenriForCausalLM) -> None:
+    model.model.layers[1].self_attn.k_proj.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def _attention_hook(model: SenriForCausalLM) -> None:
+    model.model.layers[1].self_attn.register_forward_hook(lambda module, inputs, out: (2 * out[0], out[1]))
+
+
+def _mlp_hook(model: SenriForCausalLM) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def _activation_hook(model: SenriForCausalLM) -> None:
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def _subclass(model: SenriForCausalLM) -> None:
+    class Other(nn.Parameter):
+        pass
+
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = Other(up.weight.detach())
+
+
+CHANGES = [
+    _hook,
+    _early_hook,
+    _attention_hook,
+    _mlp_hook,
+    _activation_hook,
+    _adapter,
+    _replaced,
+    _subclass,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_stands_in_for_a_module_is_called(
     change: Callable[[SenriForCausalLM], None], fused_device: str, taken: list[nn.Module]
 ) -> None:
@@ -111,15 +157,22 @@ def test_what_stands_in_for_a_module_is_called(
     found = stepped(model)
     assert taken == [model.model.layers[0], model.model.layers[2]] * STEPS
     with backends.use_backend("reference"):
-        baseline, oracle = stepped(model), stepped(copy.deepcopy(model).double())
-    assert_no_worse(found["logits"], oracle["logits"], baseline["logits"])
+        expected = stepped(model)
+    # Twice is no rounding.
+    error = largest(found["logits"] - expected["logits"])
+    assert error < 1e-4 * largest(expected["logits"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"attention_bias": True}, {"qk_norm": True}, {"short_conv": 3, "memory_layers": [0, 1, 2]}],
-    ids=str,
-)
+LACKING: list[dict[str, Any]] = [
+    {"attention_bias": True},
+    {"qk_norm": True},
+    {"short_conv": 3, "memory_layers": [0, 1, 2]},
+    {"hidden_act": "gelu"},
+    {"intermediate_size": 16400},
+]
+
+
+@pytest.mark.parametrize("options", LACKING, ids=str)
 def test_what_the_kernels_lack_is_left_to_the_modules(
     options: dict[str, Any], fused_device: str, taken: list[nn.Module]
 ) -> None:
@@ -161,15 +214,27 @@ def test_a_compiled_step_is_one_graph(fused_device: str) -> None:
     with torch.no_grad():
         for block in (plain, compiled):
             own = state.map(torch.clone)
-            outs.append([block(hidden, rope, None, own, True)[0] for _ in range(3)])
+            outs.append(
+                [*(block(hidden, rope, None, own, True)[0] for _ in range(3)), own.keys, own.position]
+            )
     assert counter.frame_count == 1
+    called = [node.target for node in counter.graphs[0].graph.nodes]
+    assert called.count(torch.ops.newllm.gemv.default) == 4
     assert all(torch.equal(*pair) for pair in zip(*outs, strict=True))
+
+
+WAYS = (
+    Sampling(),
+    Sampling(0.8, top_k=20),
+    Sampling(0.8, repetition_penalty=1.3),
+    Sampling(0.0, None, None, 1.3),
+)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3, 12])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=20)], ids=str)
-def test_a_session_says_the_same_by_graphs(rows: int, sampling: Sampling) -> None:
+@pytest.mark.parametrize("order", [(0, 0, 0), (1, 1, 1), (0, 1, 0, 2, 1, 1), (3, 2, 2)], ids=str)
+def test_a_session_says_the_same_by_graphs(rows: int, order: tuple[int, ...]) -> None:
     model = tiny_senri(eos_token_id=7).to("cuda", torch.bfloat16)
     said = []
     for compile in ("none", "graph"):
@@ -177,9 +242,11 @@ def test_a_session_says_the_same_by_graphs(rows: int, sampling: Sampling) -> Non
         torch.manual_seed(0)
         session.feed(random_tokens(rows, 21).tolist())
         random = torch.Generator("cuda").manual_seed(0)
-        turns = [
-            session.generate(max_new_tokens=count, sampling=sampling, generator=random)
-            for count in (9, 1, 40)
-        ]
+        turns = []
+        for count, way in enumerate(order):
+            sampling = WAYS[way]
+            turns.append(session.generate(max_new_tokens=1 + 8 * count, sampling=sampling, generator=random))
+            # What a graph reads and nothing holds would be overwritten.
+            del [torch.full((rows,), torch.nan, device="cuda") for _ in range(99)][:]
         said.append((turns, session.tokens, session.pending))
     assert said[0] == said[1]

@@ -87,11 +87,22 @@ def test_rows_do_not_know_each_other(
         assert torch.equal(FUSED(**{**inputs, **own}), whole[part])
 
 
-def test_vectors_may_lie_anywhere(fused_device: str) -> None:
-    inputs = CASE.inputs("residual", torch.float32, device=fused_device)
+@pytest.mark.parametrize("batch", [2, 6])
+def test_vectors_may_lie_anywhere(batch: int, fused_device: str) -> None:
+    inputs = CASE.inputs("normed", torch.bfloat16, device=fused_device, batch=batch)
+    inputs["residual"] = torch.randn(batch, 30, device=fused_device, dtype=torch.bfloat16)
     spread = {name: inputs[name].t().contiguous().t() for name in ("x", "residual")}
-    assert not spread["x"].is_contiguous()
+    spread["norm"] = inputs["norm"].repeat_interleave(2)[::2]
+    assert not any(each.is_contiguous() for each in spread.values())
     assert torch.equal(FUSED(**{**inputs, **spread}), FUSED(**inputs))
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_autocast_is_not_heeded(backend: str, fused_device: str) -> None:
+    inputs = CASE.inputs("swiglu", torch.float32, device=fused_device)
+    with torch.autocast(fused_device, torch.bfloat16):
+        found = ops.gemv(**inputs, backend=backend)
+    assert torch.equal(found, ops.gemv(**inputs, backend=backend))
 
 
 @pytest.mark.parametrize(

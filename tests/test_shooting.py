@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -164,3 +165,16 @@ def test_the_kernel_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     weight: Any = SimpleNamespace(device=CUDA, dtype=torch.bfloat16)
     assert native.kernel_of("GatedForward", 3, weight, width=4) == "grid"
     assert asked == [("GatedForward", 3, 0, torch.bfloat16, {"width": 4})]
+
+
+def test_a_warm_up_has_a_margin_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU sweeps all tokens again where an estimate of rho is a little too low."""
+
+    def warm_up() -> int:
+        sweep = Recurrence(RHO, False)
+        _, outcome = shooting.carry(sweep, sweep.entering(), TOKENS, "cpu", "block", TOL, None, True)
+        return outcome.warm_up
+
+    least = warm_up()
+    monkeypatch.setitem(shooting.MARGIN, "cpu", shooting.MARGIN["cuda"])
+    assert warm_up() == math.ceil(shooting.MARGIN["cuda"] * least) > least

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from newllm.models import (
 )
 from newllm.models.sampling import Sampling
 from newllm.models.session_batch import SessionBatch
+from newllm.models.stepping import Replay
 from tests.tiny_models import SIZES, VOCABULARY, random_tokens, tiny_senri
 
 CONTEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "embed_dim": 8, "eos_token_id": None}
@@ -327,3 +330,33 @@ def test_state_of_a_session_is_of_constant_size() -> None:
         batch.admit(read(model, tokens).snapshot())
         assert batch.state_bytes == 3 * (2 * 2 * 8 * 8 * 4 + 8) + 2 * (2 * (8 * 8 + 8) * 4)
     assert SIZES["num_hidden_layers"] == 3
+
+
+class _NoStream:
+    """What recording a graph needs of a device, where there is none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+
+def test_a_graph_keeps_all_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, _NoStream)
+    factor = torch.ones(1)
+    left = weakref.ref(factor)
+    replay = Replay(partial(torch.mul, factor), (torch.ones(1),))
+    del factor
+    gc.collect()
+    assert left() is not None, "the graph would read where something else lies"
+    del replay
+    gc.collect()
+    assert left() is None

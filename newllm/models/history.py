@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from newllm.files import read_json, reading
 from newllm.models.files import written_whole
-from newllm.models.sampling import RECENT_TOKENS, Choice, Sampling
+from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling
 from newllm.models.session_input import token_rows
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ class HistorySession:
         if self._logits is None:
             raise ValueError("prompt must hold a token before anything can follow it, got none")
         end = self.tokenizer.eos_token_id
-        choice = Choice(sampling or Sampling(), 1, self._logits, generator)
+        choose = Chooser(sampling or Sampling(), 1, self._logits, generator)
         for step in range(max_new_tokens):
             recent = [-1] * RECENT_TOKENS + self._ids
             rows = torch.tensor([recent[-RECENT_TOKENS:]], device=self._logits.device)
-            self._pending = int(choice(self._logits, rows, *choice.draw()))
+            self._pending = int(choose(self._logits, rows, *choose.draw()))
             if self._pending == end:
                 yield torch.tensor([-1])
                 return

@@ -77,7 +77,7 @@ def ends_of(model: Any) -> Tensor:
     return torch.tensor(ends, dtype=torch.int64, device=model.device)
 
 
-class Choice:
+class Chooser:
     """How ``rows`` tokens are chosen by one ``sampling``; random numbers come from ``generator``.
 
     What it needs is made ahead, and numbers are drawn apart: a CUDA graph can do neither.
@@ -88,23 +88,25 @@ class Choice:
     ) -> None:
         self.sampling = sampling
         self._controls = controls([sampling] * rows, like)
-        self._generator, self._like = generator, like
+        self._generator, self._dtype, self._device = generator, like.dtype, like.device
 
     def draw(self) -> tuple[Tensor, ...]:
         """Numbers ``[B]`` in [0, 1) for the next call, none where nothing is left to chance."""
         if self.sampling.temperature == 0:
             return ()
-        device = self._like.device if self._generator is None else self._generator.device
+        device = self._device if self._generator is None else self._generator.device
         uniform = torch.rand(len(self._controls.temperature), generator=self._generator, device=device)
-        return (uniform.to(self._like),)
+        # Without waiting for the step that the device is at.
+        return (uniform.to(self._device, self._dtype, non_blocking=True),)
 
     def __call__(self, logits: Tensor, recent: Tensor, *drawn: Tensor) -> Tensor:
         """Tokens ``[B]`` int64 from ``logits [B, vocabulary]`` of float32 or more.
 
-        ``recent [B, N]`` are the last tokens read, -1 standing for none.
+        ``recent [B, N]`` are the last tokens read, -1 standing for none; ``drawn`` is what ``draw`` gave.
         """
-        if drawn:
-            return choose(logits, recent, self._controls, *drawn)
+        if self.sampling.temperature > 0:
+            (uniform,) = drawn
+            return choose(logits, recent, self._controls, uniform)
         if self.sampling.repetition_penalty != 1:
             logits = penalised(logits, recent, self._controls.repetition_penalty)
         return logits.argmax(-1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.models.sampling import Choice, Sampling
+from newllm.models.sampling import Chooser, Sampling
 from newllm.models.session_input import Input, pieces, token_rows
 from newllm.models.stepping import Fetched
 from newllm.models.streams import Compile, Model, Snapshot, Streams
@@ -158,7 +158,8 @@ class Session:
         """As ``generate``, token by token: ``[B]`` ids, -1 in rows that have ended.
 
         The prompt is read when the first token is asked for. Tokens come on the CPU, each while the device
-        reads it already. Stopping early leaves the session in order.
+        reads it already and chooses the next one: ``generator`` is asked a token ahead. Stopping early leaves
+        the session in order.
 
         Raises as ``feed``, and ``ValueError`` when a row has not read anything yet.
         """
@@ -172,13 +173,13 @@ class Session:
         if 0 in self.tokens:
             raise ValueError("prompt must hold a token for each row that has not read anything, got none")
         logits = streams.logits()
-        choice = Choice(sampling or Sampling(), self.batch_size, logits, generator)
-        turn = streams.first_turn(logits, choice)
+        choose = Chooser(sampling or Sampling(), self.batch_size, logits, generator)
+        turn = streams.first_turn(logits, choose)
         for left in reversed(range(max_new_tokens)):
             said = Fetched(turn.said)
             # Chosen, not read: a token is read by the next step, or by the next call.
             if left and said.may(lambda ids: int(ids.max()) >= 0):
-                turn = streams.next_turn(turn, choice)
+                turn = streams.next_turn(turn, choose)
             else:
                 streams.leave(turn)
             yield said.get()

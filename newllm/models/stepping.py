@@ -52,10 +52,14 @@ class Turn(NamedTuple):
 
 
 class Replay:
-    """A function of tensors replayed from a CUDA graph, on inputs at addresses of its own."""
+    """A function of tensors replayed from a CUDA graph, on inputs at addresses of its own.
+
+    It is first called four times with zeros, which must change nothing that is kept, and lives as long as its
+    graph, which reads from the addresses of all that it holds.
+    """
 
     def __init__(self, function: Callable[..., Any], inputs: Iterable[Tensor]) -> None:
-        # No row is active while kernels are compiled and the graph is recorded: the states stay as they are.
+        self._function = function
         self.inputs = tuple(torch.zeros_like(each) for each in inputs)
         device = self.inputs[0].device
         stream = torch.cuda.Stream(device)

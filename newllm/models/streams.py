@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from newllm.models.context_kv.modeling import ContextKVForCausalLM
 from newllm.models.context_lm.modeling import ContextLMForCausalLM
-from newllm.models.sampling import RECENT_TOKENS, Choice, Sampling, ends_of
+from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling, ends_of
 from newllm.models.senri.modeling import SenriForCausalLM
 from newllm.models.stepping import Replay, Step, Turn
 from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
@@ -158,33 +158,35 @@ class Streams:
             self._step = Replay(self._compiled, (tokens, active)) if self._graphed else self._compiled
         return self._step(tokens, active)
 
-    def first_turn(self, logits: Tensor, choice: Choice) -> Turn:
+    def first_turn(self, logits: Tensor, choose: Chooser) -> Turn:
         """What each row says after all that it has read."""
         everyone = torch.ones_like(self.pending, dtype=torch.bool)
-        return Turn.of(choice(logits, self.recent, *choice.draw()), everyone, self.ends)
+        return Turn.of(choose(logits, self.recent, *choose.draw()), everyone, self.ends)
 
-    def next_turn(self, turn: Turn, choice: Choice) -> Turn:
+    def next_turn(self, turn: Turn, choose: Chooser) -> Turn:
         """Read what was said, and choose what is said then; ``turn`` may not be used any more."""
-        drawn = choice.draw()
+        drawn = choose.draw()
         if not self._graphed:
-            return self._after(turn, self.step, choice, *drawn)
-        if self._turn is None or self._turn.sampling != choice.sampling:
-            self._turn = _TurnGraph(choice.sampling, Replay(partial(self._moved, choice), (*turn, *drawn)))
+            return self._after(turn, self.step, choose, *drawn)
+        if self._turn is None or self._turn.sampling != choose.sampling:
+            replay = Replay(partial(self._next_in_place, choose), (*turn, *drawn))
+            self._turn = _TurnGraph(choose.sampling, replay)
         self._turn.replay(*turn, *drawn)
         return Turn(*self._turn.replay.inputs[: len(turn)])
 
-    def _moved(self, choice: Choice, *held: Tensor) -> None:
+    def _next_in_place(self, choose: Chooser, *held: Tensor) -> None:
         """The next turn in the place of the last: nothing is left for the host to do."""
         parts = len(Turn._fields)
-        made = self._after(Turn(*held[:parts]), self._compiled, choice, *held[parts:])
+        made = self._after(Turn(*held[:parts]), self._compiled, choose, *held[parts:])
+        # In this order, for who speaks now is who was going on before.
         for mine, given in zip(held[:parts], made, strict=True):
             mine.copy_(given)
 
-    def _after(self, turn: Turn, step: Step, choice: Choice, *drawn: Tensor) -> Turn:
+    def _after(self, turn: Turn, step: Step, choose: Chooser, *drawn: Tensor) -> Turn:
         self.leave(turn)
-        self.pending.masked_fill_(turn.going, -1)
         logits = step(turn.tokens, turn.going)
-        return Turn.of(choice(logits, self.recent, *drawn), turn.going, self.ends)
+        self.pending.masked_fill_(turn.going, -1)
+        return Turn.of(choose(logits, self.recent, *drawn), turn.going, self.ends)
 
     def leave(self, turn: Turn) -> None:
         """End with what was said, which is read when the streams go on."""

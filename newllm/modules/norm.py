@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from newllm.reference.gemv import rms_norm
+from newllm.reference.norm import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -23,7 +23,10 @@ def gemv(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """``residual + RMSNorm(x) [W_1; W_2; ...]^T`` of a few vectors, in one kernel.
+    """``residual + RMSNorm(x) [W_1; W_2; ...]^T`` of a few vectors, in one kernel; not for gradients.
+
+    ``weights`` and ``norm`` are parameters: on a GPU they are read while kernels launched before still run,
+    so they may not be what one of those writes. Autocast is not heeded.
 
     Args:
         x: ``[B, K]``; the kernel takes up to 16 rows, of float32 up to 4.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from newllm import backend as backends, ops
 from newllm.modules.infini_attention import InfiniAttention
 from newllm.modules.norm import RMSNorm
-from newllm.ops.gemv_fused import declined
+from newllm.ops.gemv_fused import LENGTH, declined
 from newllm.types import InfiniState
 
 if TYPE_CHECKING:
@@ -23,23 +24,23 @@ def fits(block: SenriBlock, hidden_states: Tensor) -> bool:
 
     Not for adapters in place of a projection, quantised weights, biases, hooks, autocast, or many rows.
     """
-    attention, mlp = block.self_attn, block.mlp
+    if backends.resolve("gemv", hidden_states.device) != "fused":
+        return False
+    attention, mlp, dtype = block.self_attn, block.mlp, hidden_states.dtype
     if not (_untouched(attention, InfiniAttention) and _untouched(mlp, LlamaMLP)):
         return False
     norms = (block.input_layernorm, block.post_attention_layernorm)
     linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    dtype = hidden_states.dtype
     return (
-        all(_untouched(norm, RMSNorm) and _plain(norm.weight, dtype) for norm in norms)
-        and all(_untouched(one, nn.Linear) and _plain(one.weight, dtype) for one in linear)
-        and all(one.bias is None for one in linear)
+        hidden_states.shape[1] == 1
+        and all(_untouched(norm, RMSNorm) and _plain(norm.weight, dtype) for norm in norms)
+        and all(_is_matrix(one, dtype) for one in linear)
         and attention.q_norm is None
         and attention.short_conv is None
-        and mlp.config.hidden_act == "silu"
+        and _untouched(mlp.act_fn, SiLUActivation)
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and declined(hidden_states[:, 0], (), None, None) is None
-        and backends.resolve("gemv", hidden_states.device) == "fused"
     )
 
 
@@ -74,6 +75,12 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked and "forward" not in module.__dict__
 
 
+def _is_matrix(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a module is no more than a matrix that the kernel takes."""
+    plain = _untouched(linear, nn.Linear) and _plain(linear.weight, dtype)
+    return plain and linear.bias is None and linear.in_features <= LENGTH
+
+
 def _plain(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is numbers of this dtype, and no subclass that stands for others."""
-    return type(weight) is nn.Parameter and weight.dtype == dtype
+    """Whether a weight is a table of numbers of this dtype, and no subclass that stands for others."""
+    return type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_contiguous()
