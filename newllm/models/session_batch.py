@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from newllm.models.sampling import Controls, Sampling, choose, controls, generator
-from newllm.models.stepping import Fetched
+from newllm.models.stepping import Fetched, going_on
 from newllm.models.streams import Compile, Model, Snapshot, Streams
 
 
@@ -114,7 +114,7 @@ class SessionBatch:
         tokens = torch.where(speaking, self._chosen(rows), -1)
         said = Fetched(tokens)
         pending.copy_(torch.where(speaking, tokens, pending))
-        going = speaking & ~(tokens[:, None] == streams.ends).any(1)
+        going = going_on(tokens, speaking, streams.ends)
         for row, speaker in enumerate(self._speakers):
             if speaker.ticket in last:
                 going[row] = False

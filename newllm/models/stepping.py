@@ -33,6 +33,11 @@ class Fetched:
         return self._sent is not None or holds(self._tensor)
 
 
+def going_on(tokens: Tensor, speaking: Tensor, ends: Tensor) -> Tensor:
+    """Which ``speaking [B]`` rows go on after ``tokens [B]``: a row ends at one of the ``ends [E]``."""
+    return speaking & ~(tokens[:, None] == ends).any(1)
+
+
 class Turn(NamedTuple):
     """What is said next: ``tokens [B]`` of the rows that were ``speaking [B]``, and who is ``going`` on.
 
@@ -46,8 +51,8 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, speaking: Tensor, ends: Tensor) -> Turn:
-        """A row ends at one of the ``ends [E]``."""
-        going = speaking & ~(tokens[:, None] == ends).any(1)
+        """The turn of rows that end at one of the ``ends [E]``."""
+        going = going_on(tokens, speaking, ends)
         return cls(tokens, speaking, going, tokens.masked_fill(~going, -1))
 
 
