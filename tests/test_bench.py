@@ -329,6 +329,8 @@ def test_a_profile_says_where_time_goes_and_writes_nothing(
     head = told.index("full attention, causal, SDPA, tiny, fwd: every kernel")
     name, times, each, whole = told[head + 2].split()
     assert name.startswith("aten::") and float(times) >= 1 and 0 < float(each) <= float(whole)
+    # What is printed is rounded to a tenth.
+    assert float(times) * float(each) == pytest.approx(float(whole), abs=0.05 * float(times) + 0.1)
     everything = next(line for line in told[head:] if line.startswith("all "))
     assert float(whole) <= float(everything.split()[-1])
     assert any("infini.py" in line for line in told) and not list(tmp_path.iterdir())
