@@ -30,9 +30,9 @@ def _vector(rows: int, warps: int) -> Tiles:
     return {"BN": rows, "num_warps": warps, "num_stages": 1}
 
 
-def _vectors(elements: int) -> Tiles:
+def _vectors(elements: int, num_warps: int) -> Tiles:
     """As few rows of a matrix and vectors as tensor cores take, C times BC of their elements a step."""
-    return {"BN": 16, "BB": 16, "C": 8, "BC": elements, "num_warps": 8, "num_stages": 1}
+    return {"BN": 16, "BB": 16, "C": num_warps, "BC": elements, "num_warps": num_warps, "num_stages": 1}
 
 
 # "default" fits into 99 KB of shared memory.
@@ -207,8 +207,8 @@ TILES: dict[str, ByDevice] = {
         }
     },
     "_gemv_together_kernel": {
-        (9, 0): {(1024, 2): _vectors(128), (16384, 2): _vectors(256)},
-        "default": {(16384, 2): _vectors(128)},
+        (9, 0): {(16384, 2): _vectors(256, 4)},
+        "default": {(16384, 2): _vectors(128, 8)},
     },
 }
 
