@@ -21,6 +21,7 @@ from newllm.data.streams import IGNORED
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.callbacks import Progress, Throughput
 from newllm.training.config import TrainConfig
+from newllm.training.feed import loader
 from newllm.training.groups import memory_owners, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.outputs import curves, summary, upper_limit
@@ -181,6 +182,20 @@ def test_row_64_resumed_equals_uninterrupted(
     assert_same_weights(weights(resumed), weights(whole))
     logged = [[row for row in rows(tmp_path / name) if "train_loss" not in row] for name in ("whole", "cut")]
     assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("kind", ["packed", "ordered"])
+def test_batches_made_ahead_change_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were made and not trained on when a run was cut off are made again."""
+    whole = trainer(tmp_path / "whole", CONFIG, kind=kind)
+    whole.fit()
+    monkeypatch.setattr("newllm.training.trainer.loader", lambda feed, ahead: loader(feed, ahead=True))
+    trainer(tmp_path / "cut", CONFIG, Press(5), kind=kind).fit()
+    resumed = trainer(tmp_path / "cut", CONFIG, kind=kind, resume=True)
+    resumed.fit(resume=True)
+    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_row_64_random_numbers_of_the_model_go_on(tmp_path: Path) -> None:

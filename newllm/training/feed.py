@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from torch.utils.data import IterableDataset
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from newllm.data.streams import Batch
@@ -45,6 +46,19 @@ class Feed(IterableDataset[Batch]):
         read, rank, processes = self.place()
         for number in range(read, self.count):
             yield self.batches.batch(number * processes + rank)
+
+
+def loader(feed: Feed, *, ahead: bool) -> DataLoader[Batch]:
+    """The batches of ``feed``; ``ahead``: made by a process of their own while one is trained on."""
+    # A generator of its own: the loader draws a seed, which must not disturb the model's numbers.
+    # The process is forked: what makes the batches need not be pickled.
+    return DataLoader(
+        feed,
+        batch_size=None,
+        generator=torch.Generator(),
+        num_workers=int(ahead),
+        multiprocessing_context="fork" if ahead else None,
+    )
 
 
 class AtStart(TrainerCallback):

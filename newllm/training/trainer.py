@@ -22,7 +22,7 @@ from newllm.training.callbacks import Clipping, Finite, Interrupt, Progress, Run
 from newllm.training.carry import CarriedStates
 from newllm.training.checkpoints import Checkpoints, replace_folder, step_of
 from newllm.training.config import TrainConfig
-from newllm.training.feed import AtStart, Batches, Feed, Place
+from newllm.training.feed import AtStart, Batches, Feed, Place, loader
 from newllm.training.groups import freeze_features, outside_memory, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.schedules import staged_factor
@@ -168,8 +168,7 @@ class LanguageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The dataset's own batches, from where the training stands."""
-        # A generator of its own: the loader draws a seed, which must not disturb the model's numbers.
-        return DataLoader(self.train_dataset, batch_size=None, generator=torch.Generator())
+        return loader(self.train_dataset, ahead=self.args.device.type == "cuda")
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
         """Cross-entropy of the next token, as the batch weighs it."""
