@@ -53,8 +53,9 @@ SETTINGS = {
     "niah_multikey_3": Setting("needles", key="uuids", value="uuids"),
     "niah_multivalue": Setting(values=4),
     "niah_multiquery": Setting(keys=4, asked=4),
+    "niah_number_key": Setting(key="numbers"),
 }
-"""RULER's eight tasks of this family."""
+"""RULER's eight tasks of this family, and a number that another number is kept under."""
 
 
 def needle_drafting(name: str) -> tuple[Drafting, Solving]:
