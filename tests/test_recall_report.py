@@ -9,9 +9,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from newllm.cli import main
 from newllm.cli.eval_harness import harness_rows
+from newllm.cli.eval_recall import pictures
 from newllm.data.tokenizer import byte_tokenizer
 from newllm.evaluation.recall_report import recall_report
 from newllm.models.files import save_model
@@ -77,6 +79,25 @@ def test_eval_report_writes_page_and_pictures(tmp_path: Path, capsys: pytest.Cap
     assert all((tmp_path / "docs" / name).read_bytes()[1:4] == b"PNG" for name in drawn)
     assert main([*words, "[none.jsonl]"]) == 2
     assert "rows must name at least one file that exists" in capsys.readouterr().err
+
+
+def test_pictures_hold_the_mean_of_seeds_and_keep_windows_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def figure(results: dict[str, Any]) -> Figure:
+        drawn.append(results)
+        return Figure()
+
+    monkeypatch.setattr("newllm.evaluation.plots.recall_figure", figure)
+    rows = [CELL, {**CELL, "seed": 1, "score": 0.5}, {**CELL, "window": 32}, {**CELL, "suite": "qa1"}]
+    names = [Path(path).name for path in pictures(rows, str(tmp_path), "recall-")]
+    assert names == ["recall-passkey-16.png", "recall-passkey-32.png", "recall-qa1.png"]
+    assert drawn[:2] == [
+        {"window": 16, "recall": {"memory on": {"64": {"0.5": 0.75}}}},
+        {"window": 32, "recall": {"memory on": {"32": {"0.5": 1.0}}}},
+    ]
 
 
 def test_harness_rows_leave_out_what_was_not_measured() -> None:

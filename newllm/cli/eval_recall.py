@@ -123,7 +123,7 @@ def run(options: SuiteOptions) -> None:
                 found += measure(answer, suite, task, facts=facts, rows=rows)
     console = Console()
     console.print(_table(found))
-    console.print(f"{rows.path}, {', '.join(pictures(found, window, options.out))}", highlight=False)
+    console.print(f"{rows.path}, {', '.join(pictures(found, options.out))}", highlight=False)
 
 
 def _answerers(
@@ -161,27 +161,43 @@ def _precision(autocast: bool, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
 
 
-def pictures(rows: list[Row], window: int, out: str, prefix: str = "") -> list[str]:
-    """A heat map for each suite that was measured at depths."""
+def pictures(rows: list[Row], out: str, prefix: str = "") -> list[str]:
+    """A heat map for each suite that was measured at depths, and each window if there are several."""
     from pathlib import Path
 
     from newllm.evaluation.plots import recall_figure
     from newllm.files import replace_file
 
+    groups: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        if row["depth"] is not None:
+            groups.setdefault(row["suite"], {}).setdefault(row["window"], []).append(row)
     paths = []
-    for suite in dict.fromkeys(row["suite"] for row in rows if row["depth"] is not None):
-        recall: dict[str, dict[str, dict[str, float]]] = {}
-        for row in rows:
-            if row["suite"] == suite and row["depth"] is not None:
-                name = row["model"] if row["memory"] == "reader" else f"memory {row['memory']}"
-                lengths = recall.setdefault(name, {})
-                multiple = f"{row['length'] / window:.10g}"
-                lengths.setdefault(multiple, {})[str(row["depth"])] = row["score"]
-        figure = recall_figure({"window": window, "recall": recall})
-        path = Path(out) / f"{prefix}{suite}.png"
-        replace_file(path, partial(figure.savefig, dpi=150, format="png"))
-        paths.append(str(path))
+    for suite, windows in groups.items():
+        for window, own in windows.items():
+            figure = recall_figure({"window": window, "recall": _by_cell(own)})
+            name = suite if len(windows) == 1 else f"{suite}-{window}"
+            path = Path(out) / f"{prefix}{name}.png"
+            replace_file(path, partial(figure.savefig, dpi=150, format="png"))
+            paths.append(str(path))
     return paths
+
+
+def _by_cell(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Who answered -> multiple of the window -> depth -> mean score of all rows of that cell."""
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        name = row["model"] if row["memory"] == "reader" else f"memory {row['memory']}"
+        multiple = f"{row['length'] / row['window']:.10g}"
+        depths = scores.setdefault(name, {}).setdefault(multiple, {})
+        depths.setdefault(str(row["depth"]), []).append(row["score"])
+    return {
+        name: {
+            multiple: {depth: sum(found) / len(found) for depth, found in depths.items()}
+            for multiple, depths in lengths.items()
+        }
+        for name, lengths in scores.items()
+    }
 
 
 def _table(rows: list[Row]) -> Any:

@@ -40,7 +40,7 @@ def run(options: ReportOptions) -> None:
     out = Path(options.out)
     placed = (row for row in rows if row.get("depth") is not None and row.get("window"))
     drawn = [row for row in placed if not row.get("variant")]
-    paths = pictures(drawn, drawn[0]["window"], str(out.parent), "recall-") if drawn else []
+    paths = pictures(drawn, str(out.parent), "recall-")
     untrained = [row for row in rows if row["suite"] == "capacity" and row["model"] == "untrained"]
     if untrained:
         paths.append(str(out.parent / "recall-capacity.png"))
