@@ -90,7 +90,7 @@ def _least(shape: Shape, site: Site, full: bool, _: str) -> Work:
 
 
 def _nothing(_: str) -> Work:
-    return Work(1, 1)
+    return Work(0, 0)
 
 
 def _tokens(shape: Shape, site: Site, tokens: int) -> Tensor:
