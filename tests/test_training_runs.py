@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from newllm.data.streams import IGNORED
 from newllm.training.best import best_evaluation, stale_evaluations
 from newllm.training.callbacks import Progress, Throughput
 from newllm.training.config import TrainConfig
-from newllm.training.feed import loader
+from newllm.training.feed import Feed, Place, loader
 from newllm.training.groups import memory_owners, parameter_groups
 from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.outputs import curves, summary, upper_limit
@@ -196,6 +199,44 @@ def test_batches_made_ahead_change_nothing(
     resumed = trainer(tmp_path / "cut", CONFIG, kind=kind, resume=True)
     resumed.fit(resume=True)
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_what_fails_ahead_fails_as_it_would_here() -> None:
+    def batch(number: int) -> dict[str, Tensor]:
+        if number == 2:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no letter")
+        return {"input_ids": torch.tensor([number])}
+
+    feed = Feed(SimpleNamespace(batch=batch), 4, lambda: Place(0, 0, 1))
+    made = iter(loader(feed, ahead=True))
+    assert [int(next(made)["input_ids"]) for _ in range(2)] == [0, 1]
+    with pytest.raises(UnicodeDecodeError, match="no letter"):
+        next(made)
+
+
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """As ``timeout`` sends it: the process that makes batches must not die of it."""
+    script = f"""
+import os, signal, subprocess, sys
+from pathlib import Path
+from newllm.training import trainer as module
+from newllm.training.feed import Feed, Place, loader
+from tests.training_parts import Press, trainer
+from tests.test_training_runs import CONFIG
+module.loader = lambda feed, ahead: loader(feed, ahead=True)
+class Group(Press):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            subprocess.run(["kill", "-TERM", "--", f"-{{os.getpgid(0)}}"], start_new_session=True)
+cut = trainer(Path({str(tmp_path / "cut")!r}), CONFIG, Group(5))
+cut.fit()
+print("stopped by", cut.interrupted, "at", cut.state.global_step)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True, timeout=120
+    )
+    assert f"stopped by {signal.SIGTERM.value}" in ran.stdout, ran.stderr
+    assert names(tmp_path / "cut" / "checkpoints")
 
 
 def test_row_64_random_numbers_of_the_model_go_on(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from traceback import format_exc
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,17 +50,45 @@ class Feed(IterableDataset[Batch]):
             yield self.batches.batch(number * processes + rank)
 
 
+class _Ahead(IterableDataset[Any]):
+    """A feed as the process that makes batches ahead reads it: an error that a user may mend comes as a value."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def __len__(self) -> int:
+        return len(self.feed)
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        try:
+            yield from self.feed
+        except (ValueError, OSError, RuntimeError) as failure:
+            failure.add_note(format_exc())
+            yield failure
+
+
+class _AheadLoader(DataLoader[Any]):
+    """Raises what went wrong in the other process, as it was raised there."""
+
+    def __iter__(self) -> Any:
+        for made in super().__iter__():
+            if isinstance(made, Exception):
+                raise made
+            yield made
+
+
 def loader(feed: Feed, *, ahead: bool) -> DataLoader[Batch]:
     """The batches of ``feed``; ``ahead``: made by a process of their own while one is trained on."""
     # A generator of its own: the loader draws a seed, which must not disturb the model's numbers.
-    # The process is forked: what makes the batches need not be pickled.
-    return DataLoader(
-        feed,
-        batch_size=None,
-        generator=torch.Generator(),
-        num_workers=int(ahead),
-        multiprocessing_context="fork" if ahead else None,
-    )
+    generator = torch.Generator()
+    if not ahead:
+        return DataLoader(feed, batch_size=None, generator=generator)
+    # Forked, so that what makes the batches need not be pickled, and in a session of its own: a signal to the
+    # training's whole group is for the training to obey, which still needs its batches to the step's end.
+    return _AheadLoader(
+        _Ahead(feed), batch_size=None, generator=generator, num_workers=1,
+        multiprocessing_context="fork", worker_init_fn=lambda _: os.setsid(),
+    )  # fmt: skip
 
 
 class AtStart(TrainerCallback):
