@@ -33,9 +33,9 @@ def test_wrong_input_is_named(op: str, wrong: dict[str, Any], error: type[Except
         CASES[op].public(**{**good(op), **wrong})
 
 
-@pytest.mark.parametrize("name", ["q", "v", "beta", "state.matrix", "feature.scale"])
+@pytest.mark.parametrize("name", ["q", "v", "beta", "state.matrix", "feature.scale", "feature.write"])
 def test_decode_refuses_to_be_differentiated(name: str) -> None:
-    feature = FeatureMap(scale=torch.ones(2))
+    feature = FeatureMap(scale=torch.ones(2), write=torch.ones(2, 4), write_bias=torch.ones(2))
     arguments = good("infini_decode") | {"beta": torch.zeros(4), "feature": feature}
     dict(leaves(arguments))[name].requires_grad_()
     sentence = "infini_decode writes into its state and has no gradient: use torch.no_grad()"

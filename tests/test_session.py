@@ -367,6 +367,23 @@ def test_a_step_that_fails_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> No
     assert session.pending[0] >= 0
 
 
+def test_a_read_that_fails_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(exact_senri())
+    said(session, random_tokens(9), 3)
+    pending = session.pending
+
+    def fails(*tensors: Tensor) -> Tensor:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._streams, "read", fails)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            session.feed([4, 5])
+    assert session.pending == pending
+    session.feed([4, 5])
+    assert session.pending == [-1]
+
+
 # Snapshots
 
 

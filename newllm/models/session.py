@@ -92,6 +92,8 @@ class Session:
         for part in pieces(text) if isinstance(text, Iterator) else (text,):
             rows = self._rows(part)
             for ids, _, _ in self._read(self._behind_pending(rows)):
+                # Read with the first tokens; a pass that failed has read none.
+                self._streams.pending.fill_(-1)
                 if progress is not None:
                     progress(ids.shape[1])
 
@@ -234,11 +236,9 @@ class Session:
 
     def _behind_pending(self, rows: list[Tensor]) -> list[Tensor]:
         """``rows``, each behind the token that its stream still has to read."""
-        pending = self.pending
-        self._streams.pending.fill_(-1)
         return [
             torch.cat([torch.tensor([token] if token >= 0 else [], dtype=torch.int64), row])
-            for token, row in zip(pending, rows, strict=True)
+            for token, row in zip(self.pending, rows, strict=True)
         ]
 
     def _read(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -25,7 +25,8 @@ class SessionBatch:
     """Up to ``slots`` sessions that generate side by side, a token each per step.
 
     A session is admitted as a snapshot of one row (``Session.snapshot``), known by a ticket, and leaves as a
-    snapshot; what it says does not depend on who else is there. Sessions stand in the first rows, so that a
+    snapshot; what it says does not depend on who else is there, but for rounding where a step is not compiled
+    and a GPU's kernels differ by the number of rows. Sessions stand in the first rows, so that a
     step that is not compiled takes no longer than they need; one that is always has the same shape.
 
     Args:

@@ -97,7 +97,8 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; a static layer keeps its addresses."""
-        self._home = self.state if self.is_compileable else None
+        if self.is_compileable and self.state is not None:
+            self._home = self.state
         self.state, self.is_initialized = None, False
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()

@@ -168,6 +168,7 @@ class InfiniAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         *,
+        padding: Tensor | None = None,
         state: InfiniState | None = None,
         in_place: bool = False,
         segment_weight: Tensor | None = None,
@@ -181,6 +182,7 @@ class InfiniAttention(nn.Module):
             attention_mask: padding as ``[B, >= T]`` (its last T columns), True or 1 = real; or the causal
                 mask ``[B, 1, T, >= T]`` of a transformers model, where each token's own column says the same.
             past_key_values: a transformers cache whose layer ``layer_idx`` keeps the state.
+            padding: bool ``[B, T]``, True = real, in place of ``attention_mask``; not asked whether all are.
             state: the stream so far, instead of ``past_key_values``.
             in_place: write a single new token into ``state`` itself; inference only.
             segment_weight: see ``newllm.ops.infini_attention``.
@@ -198,7 +200,8 @@ class InfiniAttention(nn.Module):
             layer = cache_layer(past_key_values, self.layer_idx)
             state, seen = layer.read(batch), layer.get_seq_length()
             in_place = tokens == 1 and state is not None and not torch.is_grad_enabled()
-        padding = padding_mask(attention_mask, tokens, seen)
+        if padding is None:
+            padding = padding_mask(attention_mask, tokens, seen)
         q, k, v, recent = self._project(hidden_states, state, padding)
         if in_place and state is not None:
             out = self.decode(q, k, v, state, position_embeddings, None if padding is None else padding[:, 0])

@@ -54,8 +54,8 @@ def infini_decode(
         checks.boolean("active", active, (k.shape[0],), k)
     learned = (None, None) if feature is None else (feature.scale, feature.bias)
     checks.decay(decay, None, k)
-    inputs = (q, k, v, beta, *state, *learned, decay)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    inputs = (q, k, v, beta, *state, *(feature or ()), decay)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")
     chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, rule, feature, decay))
     if chosen == "fused":

@@ -51,7 +51,7 @@ class Feed(IterableDataset[Batch]):
 
 
 class _Ahead(IterableDataset[Any]):
-    """A feed as the process that makes batches ahead reads it: an error that a user may mend comes as a value."""
+    """A feed as the process that makes batches ahead reads it: a user's error comes as a value."""
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed

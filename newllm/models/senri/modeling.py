@@ -79,7 +79,7 @@ class SenriBlock(GradientCheckpointingLayer):
         attended, state = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=rope,
-            attention_mask=padding,
+            padding=padding,
             state=state,
             in_place=in_place,
             segment_weight=segment_weight,
@@ -171,7 +171,8 @@ class SenriModel(SenriPreTrainedModel):
             )
         outputs = []
         for start, stop in pieces:
-            part = None if padding is None else padding[:, start:stop]
+            # Asked here once, and not in every layer: the host waits for the answer.
+            part = padding_mask(None if padding is None else padding[:, start:stop], stop - start)
             out, states = self._read(hidden_states[:, start:stop], part, states, segment_weight)
             outputs.append(out)
         for cache, state in zip(caches, states, strict=False):
