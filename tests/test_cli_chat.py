@@ -25,6 +25,7 @@ from newllm.models import (
     ContextLMForCausalLM,
 )
 from newllm.models.files import save_model
+from newllm.models.history import HistorySession
 from tests.cli_parts import Captured, chatted
 from tests.tiny_models import BASES, tiny_base, tiny_senri
 
@@ -95,3 +96,24 @@ def test_row_66_a_full_model_says_so(
     said = capsys.readouterr()
     assert "the model reads 256: reset it" in said.err
     assert said.out.strip()
+
+
+def test_history_ends_at_any_end_of_its_model() -> None:
+    """As a session does: those of the checkpoint's generation, beside the tokenizer's own."""
+    model, tokenizer = tiny_base("llama", vocab_size=264).eval(), byte_tokenizer()
+
+    def said() -> list[int]:
+        session = HistorySession(model, tokenizer)
+        session.feed("Hello")
+        return [int(token) for token in session.stream(max_new_tokens=9)]
+
+    model.generation_config.eos_token_id = None
+    text = said()
+    end = next(token for token in text if token != text[0])
+    short = [*text[: text.index(end)], -1]
+    for ends in ([258, end], end):
+        model.generation_config.eos_token_id = ends
+        assert said() == short
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    assert said() == short

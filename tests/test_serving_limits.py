@@ -16,6 +16,7 @@ pytest.importorskip("openai")
 import httpx2
 import openai
 
+from newllm import Session
 from newllm.serving.app import Limits
 from tests.serving_parts import GREEDY, KEY, NAME, Served, serving, session, user
 
@@ -72,6 +73,15 @@ def test_bad_requests_are_told_what_is_wrong(
     answer = httpx2.post(f"{served.url}/v1/{route}", json=body)
     assert answer.status_code == status
     assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_kept_session_that_has_read_nothing_is_as_none(served: Served) -> None:
+    Session(served.model).save(served.engine.store.folder / "empty.safetensors")
+    client = served.client()
+    with pytest.raises(openai.BadRequestError, match="prompt must hold a token"):
+        client.completions.create(prompt="", max_tokens=3, **GREEDY, **session("empty"))
+    begun = client.completions.create(prompt="Hello", max_tokens=3, **GREEDY, **session("empty"))
+    assert begun.model_extra["newllm"]["tokens"] == 8
 
 
 def test_openai_s_client_raises_its_own_errors(served: Served) -> None:

@@ -23,6 +23,7 @@ from newllm.models import (
 from newllm.models.sampling import Sampling
 from newllm.models.session_batch import SessionBatch
 from newllm.models.stepping import Replay
+from newllm.models.streams import Streams
 from tests.tiny_models import SIZES, VOCABULARY, random_tokens, tiny_senri
 
 CONTEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "embed_dim": 8, "eos_token_id": None}
@@ -300,6 +301,30 @@ def test_sessions_that_cannot_be_admitted() -> None:
         batch.evict(7)
     with pytest.raises(ValueError, match=r"^slots must be at least 1, got 0$"):
         SessionBatch(model, 0)
+
+
+@pytest.mark.parametrize("place", ["put", "logits"])
+def test_session_that_fails_to_be_admitted_is_not_there(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("senri")
+    first, second = read(model, 9), read(model, 14)
+    batch = SessionBatch(model, 2)
+    mine = batch.admit(first.snapshot())
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Streams, place, full)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.admit(second.snapshot())
+    assert batch.free == 1
+    heard = [batch.step() for _ in range(3)]
+    other = batch.admit(second.snapshot())
+    heard += [batch.step() for _ in range(3)]
+    text, mate = said(first, 6), said(second, 3)
+    assert heard == [{mine: token} for token in text[:3]] + [
+        {mine: token, other: word} for token, word in zip(text[3:], mate, strict=True)
+    ]
 
 
 def test_compiled_batch_is_one_graph_whoever_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:

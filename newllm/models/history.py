@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from newllm.files import read_json, reading
 from newllm.models.files import written_whole
-from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling
+from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling, ends_of
 from newllm.models.session_input import token_rows
 
 if TYPE_CHECKING:
@@ -75,18 +75,21 @@ class HistorySession:
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Up to ``max_new_tokens`` new tokens ``[1]``, -1 at the end of the text; as ``Session.stream``."""
+        """Up to ``max_new_tokens`` new tokens ``[1]``, -1 at the end of the text; as ``Session.stream``.
+
+        The text ends at the tokenizer's end-of-text token or one of the model's.
+        """
         if self._pending >= 0:
             self._read(self._behind())
         if self._logits is None:
             raise ValueError("prompt must hold a token before anything can follow it, got none")
-        end = self.tokenizer.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *ends_of(self.model).tolist()}
         choose = Chooser(sampling or Sampling(), 1, self._logits, generator)
         for step in range(max_new_tokens):
             recent = [-1] * RECENT_TOKENS + self._ids
             rows = torch.tensor([recent[-RECENT_TOKENS:]], device=self._logits.device)
             self._pending = int(choose(self._logits, rows, *choose.draw()))
-            if self._pending == end:
+            if self._pending in ends:
                 yield torch.tensor([-1])
                 return
             yield torch.tensor([self._pending])

@@ -71,8 +71,8 @@ def generator(seed: int | None, device: torch.device) -> torch.Generator:
 
 
 def ends_of(model: Any) -> Tensor:
-    """The end-of-text tokens ``[E]`` of ``model``, on its device."""
-    ends = model.generation_config.eos_token_id
+    """The end-of-text tokens ``[E]`` of ``model``, on its device; none of one that names none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return torch.tensor(ends, dtype=torch.int64, device=model.device)
 

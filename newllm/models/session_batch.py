@@ -64,28 +64,35 @@ class SessionBatch:
 
         Nothing may be pending in it: feed it an empty text before. ``seed`` None takes another one each time.
 
-        Raises ``ValueError`` where no slot is free, for a pending token, and where the snapshot does not fit.
+        Raises ``ValueError`` where no slot is free, for a pending token, and where the snapshot does not fit;
+        whatever it raises, the session is not there then.
         """
         if not self.free:
             raise ValueError(f"at most {self._streams.rows} sessions can speak at a time: evict one first")
         if int(snapshot.pending[0]) >= 0:
             raise ValueError(f"snapshot must have no pending token, got {int(snapshot.pending[0])}")
-        row, ticket = len(self._speakers), next(self._tickets)
+        row, random = len(self._speakers), generator(seed, torch.device("cpu"))
+        speakers = [*self._speakers, _Speaker(next(self._tickets), sampling or Sampling(), random)]
+        ways = self._ways(speakers)
         self._streams.put(row, snapshot)
-        random = generator(seed, torch.device("cpu"))
-        self._speakers.append(_Speaker(ticket, sampling or Sampling(), random))
-        self._speaking[row] = True
         self._logits[row] = self._streams.logits(self._streams.hidden[row])
-        self._choose_anew()
-        return ticket
+        self._speaking[row] = True
+        # Who speaks is said last, when nothing can fail any more.
+        self._controls, self._speakers = ways, speakers
+        return speakers[row].ticket
 
     def evict(self, ticket: int) -> Snapshot:
         """The session as it is now; its slot is free.
 
         Raises ``ValueError`` for a ticket of nobody.
         """
+        snapshot = self.snapshot(ticket)
+        self.drop(ticket)
+        return snapshot
+
+    def drop(self, ticket: int) -> None:
+        """Free the slot of a session that nobody keeps. Raises ``ValueError`` as ``evict``."""
         row, last = self._row(ticket), len(self._speakers) - 1
-        snapshot = self._streams.take(row)
         if row != last:
             # The last one takes its place.
             self._streams.put(row, self._streams.take(last))
@@ -94,8 +101,7 @@ class SessionBatch:
             self._speakers[row] = self._speakers[last]
         self._speakers.pop()
         self._speaking[last] = False
-        self._choose_anew()
-        return snapshot
+        self._controls = self._ways(self._speakers)
 
     def snapshot(self, ticket: int) -> Snapshot:
         """A copy of a session that goes on. Raises ``ValueError`` as ``evict``."""
@@ -135,10 +141,10 @@ class SessionBatch:
         chosen = Controls(*(control[:rows] for control in self._controls))
         return choose(logits, self._streams.recent[:rows], chosen, uniform)
 
-    def _choose_anew(self) -> None:
-        """Take the sampling of those who speak now."""
-        ways = [speaker.sampling for speaker in self._speakers]
-        self._controls = controls(ways + [Sampling()] * self.free, self._logits)
+    def _ways(self, speakers: list[_Speaker]) -> Controls:
+        """The sampling of all rows, the first of which are of ``speakers``."""
+        ways = [speaker.sampling for speaker in speakers]
+        return controls(ways + [Sampling()] * (self._streams.rows - len(ways)), self._logits)
 
     def _row(self, ticket: int) -> int:
         for row, speaker in enumerate(self._speakers):

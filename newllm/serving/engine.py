@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ class Engine:
         self._chunk, self._most_waiting, self._save_every = chunk, waiting, save_every
         self._batch = SessionBatch(model, slots, compile=compile)
         self._ends = set(ends_of(model).tolist())
+        # Submitted and neither ended nor handed to the writer, wherever they are.
+        self._jobs: set[Job] = set()
         self._waiting: deque[Job] = deque()
         self._reading: _Reading | None = None
         self._ready: deque[tuple[Job, Snapshot]] = deque()
@@ -135,6 +137,7 @@ class Engine:
         with self._work:
             if self._stopping or not self.alive or len(self._waiting) >= self._most_waiting:
                 raise Busy(f"{len(self._waiting)} requests wait already")
+            self._jobs.add(job)
             self._waiting.append(job)
             self.counts.waiting = len(self._waiting)
             self._work.notify()
@@ -165,7 +168,8 @@ class Engine:
                 return False
             if self._reading is None and not self._ready and self._waiting and self._batch.free:
                 job = self._waiting.popleft()
-                self._reading = _Reading(job, Session(self.model, chunk=self._chunk))
+                with self._alone(job):
+                    self._reading = _Reading(job, Session(self.model, chunk=self._chunk))
             self.counts.waiting = len(self._waiting)
         if self._reading and self._reading.read == 0 and self._over(self._reading.job):
             self._failed(self._reading.job, "the time was over before its turn came")
@@ -174,41 +178,39 @@ class Engine:
 
     def _read(self) -> None:
         """One chunk of the prompt whose turn it is."""
-        if self._reading is None:
+        reading = self._reading
+        if reading is None:
             return
-        job, session = self._reading.job, self._reading.session
-        try:
-            if self._reading.read == 0 and job.start is not None:
+        job, session, over = reading.job, reading.session, True
+        with self._alone(job):
+            if reading.read == 0 and job.start is not None:
                 session.restore(job.start)
                 job.start = None
-            part = job.ids[self._reading.read : self._reading.read + self._chunk]
+            part = job.ids[reading.read : reading.read + self._chunk]
             session.feed(part)
-        except (ValueError, RuntimeError) as error:
+            reading.read += len(part)
+            self.counts.tokens_read += len(part)
+            told = self._told("reading", reading)
+            job.tell(told)
+            over = told.read == told.to_read or self._over(job)
+            if over:
+                self._after_reading(job, session.snapshot(), told)
+        if over:
             self._reading = None
-            self._failed(job, str(error))
-            return
-        self._reading.read += len(part)
-        self.counts.tokens_read += len(part)
-        told = self._told("reading", self._reading)
-        job.tell(told)
-        if told.read == told.to_read or self._over(job):
-            self._reading = None
-            self._after_reading(job, session, told)
 
-    def _after_reading(self, job: Job, session: Session, told: Event) -> None:
-        snapshot = session.snapshot()
+    def _after_reading(self, job: Job, snapshot: Snapshot, told: Event) -> None:
         if told.read == told.to_read and job.max_tokens > 0 and not self._over(job):
             self._keep(job, snapshot)
             self._ready.append((job, snapshot))
         else:
-            self._end(job, snapshot, replace(told, kind="done", finish="length"))
+            self._end(job, replace(told, kind="done", finish="length"), snapshot)
 
     def _admit(self) -> None:
         while self._ready and self._batch.free:
             job, snapshot = self._ready.popleft()
-            ticket = self._batch.admit(snapshot, job.sampling, job.seed)
-            before = int(_tokens(snapshot))
-            self._speaking[ticket] = _Speaking(job, TextStream(self.tokenizer, job.stops), before)
+            with self._alone(job):
+                speaker = _Speaking(job, TextStream(self.tokenizer, job.stops), int(_tokens(snapshot)))
+                self._speaking[self._batch.admit(snapshot, job.sampling, job.seed)] = speaker
             self.counts.state_bytes = self._batch.state_bytes
 
     def _step(self) -> None:
@@ -235,54 +237,60 @@ class Engine:
         if speaker.text.stopped or last:
             self._leave(ticket, "stop" if speaker.text.stopped else "length")
         elif speaker.job.name is not None and speaker.written % self._save_every == 0:
-            self._keep(speaker.job, self._batch.snapshot(ticket))
+            # As with what cannot be written: the end will say.
+            with suppress(RuntimeError):
+                self._keep(speaker.job, self._batch.snapshot(ticket))
 
     def _leave(self, ticket: int, finish: Finish) -> None:
         speaker = self._speaking.pop(ticket)
-        if text := speaker.text.finish():
-            self._tell(speaker, "text", text)
-        snapshot = self._batch.evict(ticket)
-        event = self._event(speaker, "done", finish=finish)
-        self._end(speaker.job, snapshot, event)
+        with self._alone(speaker.job):
+            if text := speaker.text.finish():
+                self._tell(speaker, "text", text)
+            snapshot = self._batch.snapshot(ticket)
+            self._end(speaker.job, self._event(speaker, "done", finish=finish), snapshot)
+        self._batch.drop(ticket)
 
     def _over(self, job: Job) -> bool:
         return job.cancelled or time.monotonic() > job.deadline
 
     def _end_all(self) -> None:
         """Nobody waits for ever, whatever ended the thread."""
-        for ticket, speaker in list(self._speaking.items()):
-            try:
-                self._leave(ticket, "length")
-            except RuntimeError as error:
+        try:
+            for ticket in list(self._speaking):
                 # What ended the thread may be that the device does not answer any more.
-                self._failed(speaker.job, str(error))
-        with self._work:
-            self._stopping = True
-            left = [*self._waiting, *(job for job, _ in self._ready)]
-            left += [self._reading.job] if self._reading else []
-            self._waiting.clear()
-        for job in left:
-            self._failed(job, "the server has stopped")
+                with suppress(RuntimeError):
+                    self._leave(ticket, "length")
+        finally:
+            with self._work:
+                self._stopping = True
+                self._waiting.clear()
+                left = list(self._jobs)
+            for job in left:
+                self._failed(job, "the server has stopped")
 
     # Endings and files
 
-    def _end(self, job: Job, snapshot: Snapshot, event: Event) -> None:
-        """Tell the end once the session is safe."""
+    def _end(self, job: Job, event: Event, snapshot: Snapshot | None = None) -> None:
+        """Tell the end once the session is safe: kept as ``snapshot``, or as it was kept on the way."""
 
         def close() -> None:
+            said = Event("failed", text="the session could not be kept")
             try:
-                if job.name is not None and snapshot.hidden is not None:
+                if job.name is not None and snapshot is not None and snapshot.hidden is not None:
                     self.store.save(job.name, snapshot)
-            except (OSError, ValueError) as error:
-                self._failed(job, f"the session could not be kept: {error}")
-                return
-            self.release(job.name)
-            job.tell(event)
+                said = event
+            except (OSError, ValueError, RuntimeError) as error:
+                said = replace(said, text=f"{said.text}: {error}")
+            finally:
+                self.release(job.name)
+                job.tell(said)
 
         if job.name is None:
             close()
         else:
             self._writer.submit(close)
+        with self._work:
+            self._jobs.discard(job)
 
     def _keep(self, job: Job, snapshot: Snapshot) -> None:
         """Save on the way; the end will say whether saving works."""
@@ -290,9 +298,16 @@ class Engine:
         if name is not None:
             self._writer.submit(self.store.save, name, snapshot)
 
+    @contextmanager
+    def _alone(self, job: Job) -> Iterator[None]:
+        """What cannot be done for ``job`` ends it, and nobody else."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            self._failed(job, str(error))
+
     def _failed(self, job: Job, why: str) -> None:
-        self.release(job.name)
-        job.tell(Event("failed", text=why))
+        self._end(job, Event("failed", text=why))
 
     def _tell(self, speaker: _Speaking, kind: Literal["text"], text: str) -> None:
         speaker.job.tell(self._event(speaker, kind, text=text))

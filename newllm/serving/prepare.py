@@ -32,7 +32,9 @@ def prepared(
         Refused: for a prompt that cannot be read. InUse, ValueError: as ``Engine.claim``.
     """
     ways = asked.sampling(sampling)
-    start = None if asked.session is None else engine.claim(asked.session)
+    kept = None if asked.session is None else engine.claim(asked.session)
+    # A session that was kept before it had read anything is as none.
+    start = None if kept is None or kept.hidden is None else kept
     try:
         ids = _read(engine, asked, start)
         if start is None and not len(ids):
@@ -56,17 +58,15 @@ def prepared(
 
 def _read(engine: Engine, asked: CompletionRequest | ChatRequest, start: Snapshot | None) -> torch.Tensor:
     tokenizer = engine.tokenizer
-    begun = start is not None and start.hidden is not None
     if isinstance(asked, ChatRequest):
         turns = [message.turn() for message in asked.messages]
-        if not begun:
+        if start is None:
             return opening(tokenizer, turns)
-        assert start is not None
         closed = int(start.pending[0]) == tokenizer.eos_token_id
         return text_ids(tokenizer, following(tokenizer, turns, closed=closed), begins=False)
     prompt = asked.text()
     if isinstance(prompt, str):
-        return text_ids(tokenizer, prompt, begins=not begun)
+        return text_ids(tokenizer, prompt, begins=start is None)
     last = engine.model.config.vocab_size - 1
     if any(not 0 <= token <= last for token in prompt):
         raise Refused(f"prompt must hold token ids from 0 to {last}", "prompt")
