@@ -241,6 +241,10 @@ class Streams:
         """A copy of one row."""
         return self._view().row(row)
 
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; zero before the first token."""
+        return self._view().nbytes()
+
     def _view(self) -> Snapshot:
         return Snapshot(self.states, self.hidden if self.started else None, self.pending, self.recent)
 
