@@ -132,6 +132,15 @@ def test_files_of_other_models_are_refused(model: SenriForCausalLM, tmp_path: Pa
         Session(model, batch_size=2).load(tmp_path / "session")
 
 
+def test_file_of_a_model_that_has_changed_its_dtype_is_read(model: SenriForCausalLM, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        session = talked(model.to(dtype))
+        session.save(tmp_path / "session")
+        again = Session(model)
+        again.load(tmp_path / "session")
+        assert again.generate(max_new_tokens=5) == session.generate(max_new_tokens=5)
+
+
 def test_an_option_that_the_file_does_not_know_has_its_default(tmp_path: Path) -> None:
     path, plain, other = tmp_path / "session", tiny_senri(), tiny_senri(short_conv=2)
     for model, accepted in ((plain, True), (other, False)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class Snapshot(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the layers' states."""
         return sum(state.nbytes() for state in self.states if state is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it has, by names: those of layer 0 begin with ``0.``."""
+        found = {"pending": self.pending, "recent": self.recent}
+        if self.hidden is not None:
+            found["hidden"] = self.hidden
+        for layer, state in enumerate(self.states):
+            parts = {} if state is None else state._asdict()
+            found |= {f"{layer}.{name}": part for name, part in parts.items() if part is not None}
+        return found
 
 
 class _TurnGraph(NamedTuple):
@@ -301,6 +312,25 @@ class Streams:
                 found = state.context if isinstance(state, ContextState) else state.keys
                 if found.shape != shape:
                     raise ValueError(f"snapshot must hold {name} of shape {shape}, got {tuple(found.shape)}")
+
+
+# What a model makes, until its parameters are others or elsewhere: it takes a token to tell.
+_MADE: WeakKeyDictionary[Model, tuple[Any, Snapshot]] = WeakKeyDictionary()
+
+
+def made_by(model: Model) -> Snapshot:
+    """What a session of one row holds after a token: names, shapes, dtypes and devices, without content."""
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    unchanged = (autocast, [(weight.dtype, weight.device, weight.shape) for weight in model.parameters()])
+    known = _MADE.get(model)
+    if known is None or known[0] != unchanged:
+        streams = Streams(model, 1)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        streams.read(one, torch.ones_like(one, dtype=torch.bool))
+        made = streams.take(0).map(lambda tensor: tensor.new_empty(()).expand(tensor.shape))
+        known = _MADE[model] = (unchanged, made)
+    return known[1]
 
 
 def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
