@@ -42,8 +42,19 @@ _SHAPING = {
     "context_kv": ("embed_dim", "context_dims", "chunk_size", "slot_kind", "max_contexts", "vocab_size"),
 }
 _KEY = "newllm_session"
-# The weights that states are made with, by parts of their names.
-_STATE_WEIGHTS = ("k_proj", "short_conv", "recurrent", "context_block", "attention.")
+# A sample of the weights that states are made with, by parts of their names: those that write to them, not
+# the embeddings, norms and MLPs before those.
+_STATE_WEIGHTS = (
+    "k_proj",
+    "k_norm",
+    "v_proj",
+    "memory_feature",
+    "memory_decay",
+    "short_conv",
+    "recurrent",
+    "context_block",
+    "attention.",
+)
 
 
 def write_snapshot(snapshot: Snapshot, model: Model, path: Path) -> None:
