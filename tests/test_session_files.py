@@ -132,6 +132,26 @@ def test_files_of_other_models_are_refused(model: SenriForCausalLM, tmp_path: Pa
         Session(model, batch_size=2).load(tmp_path / "session")
 
 
+@pytest.mark.parametrize("part", ["v_proj", "k_norm", "memory_feature", "memory_decay"])
+def test_files_from_before_a_change_of_what_makes_states_are_refused(part: str, tmp_path: Path) -> None:
+    model = tiny_senri(memory_decay=0.7, qk_norm=True)
+    for parameter in model.model.layers[2].self_attn.get_submodule(part).parameters():
+        talked(model).save(tmp_path / "session")
+        with torch.no_grad():
+            parameter.mul_(2)
+        with pytest.raises(ValueError, match="session is of another model: weights must be"):
+            Session(model).load(tmp_path / "session")
+
+
+def test_file_of_a_model_that_has_changed_its_dtype_is_read(model: SenriForCausalLM, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        session = talked(model.to(dtype))
+        session.save(tmp_path / "session")
+        again = Session(model)
+        again.load(tmp_path / "session")
+        assert again.generate(max_new_tokens=5) == session.generate(max_new_tokens=5)
+
+
 def test_an_option_that_the_file_does_not_know_has_its_default(tmp_path: Path) -> None:
     path, plain, other = tmp_path / "session", tiny_senri(), tiny_senri(short_conv=2)
     for model, accepted in ((plain, True), (other, False)):

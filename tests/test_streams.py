@@ -105,6 +105,13 @@ def test_session_of_any_model_is_kept_in_a_file(name: str, tmp_path: Any) -> Non
         Session(other).load(tmp_path / "session")
 
 
+@every_model
+def test_fork_of_any_model_in_bfloat16_goes_on_likewise(name: str) -> None:
+    session = read(MODELS[name]().bfloat16(), 25)
+    said(session, 3)
+    assert said(session.fork()) == said(session)
+
+
 def test_fork_goes_its_own_way() -> None:
     session = read(made("senri"), 25)
     fork = session.fork()
@@ -290,6 +297,10 @@ def test_sessions_that_cannot_be_admitted() -> None:
         (Session(model).snapshot(), "snapshot must be of a session that has read a token, got an empty one"),
         (talked.snapshot(), "snapshot must have no pending token, got "),
         (Session(made("gated")).snapshot(), "snapshot must hold 3 layers, got 1"),
+        (
+            read(tiny_senri(memory_layers=[1]).double(), 5).snapshot(),
+            "snapshot must be of a model of this shape: it lacks 0.matrix",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             batch.admit(snapshot)

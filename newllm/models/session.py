@@ -78,7 +78,7 @@ class Session:
     @property
     def state_bytes(self) -> int:
         """Bytes of all layers' states; the same at every length, zero before the first token."""
-        return sum(state.nbytes() for state in self._streams.states if state is not None)
+        return self._streams.nbytes()
 
     def feed(self, text: Input | Iterator[str], *, progress: Callable[[int], object] | None = None) -> None:
         """Read ``text``: a string, token ids, or one of either per row (``[B, T]`` tensors too).

@@ -56,8 +56,7 @@ class SessionBatch:
     @property
     def state_bytes(self) -> int:
         """Bytes of one session's states; zero before the first was admitted."""
-        held = sum(state.nbytes() for state in self._streams.states if state is not None)
-        return held // self._streams.rows
+        return self._streams.nbytes() // self._streams.rows
 
     def admit(self, snapshot: Snapshot, sampling: Sampling | None = None, seed: int | None = None) -> int:
         """Let the session of ``snapshot`` speak from the next step on; its ticket.

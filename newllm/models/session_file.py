@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from newllm.files import read_row, reading
 from newllm.models.files import written_whole
+from newllm.models.layout import ALWAYS, misfit
 from newllm.models.senri.modeling import SenriForCausalLM
-from newllm.models.streams import Model, Snapshot, State, Streams
+from newllm.models.streams import Model, Snapshot, State, made_by
 from newllm.types import ContextState, InfiniState
 
 # Fields of the configuration that must agree between a session's writer and its reader, by kind of model.
@@ -41,18 +41,26 @@ _SHAPING = {
     "context_lm": ("cell", "embed_dim", "context_dim", "num_hidden_layers", "input_tokens", "vocab_size"),
     "context_kv": ("embed_dim", "context_dims", "chunk_size", "slot_kind", "max_contexts", "vocab_size"),
 }
-# What a session holds before its first token, and the least that an entry may be: -1 is no token.
-_ALWAYS = {"pending": -1, "recent": -1}
-_SLOTTED = ("0.keys", "0.values", "0.slots")
 _KEY = "newllm_session"
-# The weights that states are made with, by parts of their names.
-_STATE_WEIGHTS = ("k_proj", "short_conv", "recurrent", "context_block", "attention.")
+# A sample of the weights that states are made with, by parts of their names: those that write to them, not
+# the embeddings, norms and MLPs before those.
+_STATE_WEIGHTS = (
+    "k_proj",
+    "k_norm",
+    "v_proj",
+    "memory_feature",
+    "memory_decay",
+    "short_conv",
+    "recurrent",
+    "context_block",
+    "attention.",
+)
 
 
 def write_snapshot(snapshot: Snapshot, model: Model, path: Path) -> None:
     """Write ``snapshot`` to ``path``, whole or not at all."""
     metadata = {_KEY: json.dumps(_identity(model))}
-    tensors = {name: tensor.contiguous() for name, tensor in _named(snapshot).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in snapshot.tensors().items()}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -96,17 +104,6 @@ def tokens_in(path: Path) -> int:
         return int(file.get_tensor("0.position")[0]) if "0.position" in names else 0
 
 
-def _named(snapshot: Snapshot) -> dict[str, Tensor]:
-    """The tensors of a snapshot by their names in a file."""
-    tensors = {"pending": snapshot.pending, "recent": snapshot.recent}
-    if snapshot.hidden is not None:
-        tensors["hidden"] = snapshot.hidden
-    for layer, state in enumerate(snapshot.states):
-        fields = {} if state is None else state._asdict()
-        tensors |= {f"{layer}.{name}": tensor for name, tensor in fields.items() if tensor is not None}
-    return tensors
-
-
 def _state(kind: Any, tensors: dict[str, Tensor], layer: int) -> State | None:
     if f"{layer}.position" not in tensors:
         return None
@@ -116,25 +113,14 @@ def _state(kind: Any, tensors: dict[str, Tensor], layer: int) -> State | None:
 
 def _damage(tensors: Mapping[str, Tensor], model: Model) -> str | None:
     """In what the tensors of a file differ from those that ``model`` makes, None if in nothing."""
-    expected = _expected(model)
-    if tensors.keys() <= _ALWAYS.keys():
-        expected = {name: expected[name] for name in _ALWAYS}
-    if lacking := sorted(expected.keys() - tensors.keys()):
-        return f"it lacks {lacking[0]}"
-    if strange := sorted(tensors.keys() - expected.keys()):
-        return f"it holds {ascii(strange[0])[:80]}"
-    rows = len(tensors["pending"]) if tensors["pending"].ndim else 0
-    # The slots of a Context-KV model grow, those of all rows together.
-    slots = [tensor.shape[1] for name, tensor in tensors.items() if name == "0.slots" and tensor.ndim == 2]
-    for name, like in expected.items():
-        shape = [rows, *like.shape[1:]]
-        if slots and name in _SLOTTED:
-            shape[1] = slots[0]
-        found = tensors[name]
-        if rows < 1 or list(found.shape) != shape or found.dtype != like.dtype:
-            return f"{name} must be {like.dtype} {shape}, got {found.dtype} {list(found.shape)}"
-        least, most = _ALWAYS.get(name, 0 if name.endswith("position") else -1), 2**62
-        if name in _ALWAYS:
+    pending = tensors.get("pending")
+    rows = 1 if pending is None or pending.ndim == 0 else max(1, len(pending))
+    if (wrong := misfit(tensors, made_by(model).tensors(), rows)) is not None:
+        return wrong
+    for name, found in tensors.items():
+        # -1 is no token.
+        least, most = 0 if name.endswith("position") else -1, 2**62
+        if name in ALWAYS:
             most = model.config.vocab_size - 1
         if found.is_floating_point() and not bool(found.isfinite().all()):
             return f"{name} must be finite"
@@ -164,16 +150,3 @@ def _identity(model: Model) -> dict[str, Any]:
         found = {**sizes, "dtype": str(model.dtype), "weights": hashed.hexdigest()[:16]}
         known = _KNOWN[model] = (unchanged, found)
     return known[1]
-
-
-_MADE: WeakKeyDictionary[Model, dict[str, Tensor]] = WeakKeyDictionary()
-
-
-def _expected(model: Model) -> dict[str, Tensor]:
-    """One-row tensors without content, of the names, shapes and dtypes that a session of ``model`` has."""
-    if model not in _MADE:
-        streams = Streams(model, 1)
-        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        streams.read(one, torch.ones_like(one, dtype=torch.bool))
-        _MADE[model] = {name: tensor.to("meta") for name, tensor in _named(streams.take(0)).items()}
-    return _MADE[model]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from newllm.models.context_kv.modeling import ContextKVForCausalLM
 from newllm.models.context_lm.modeling import ContextLMForCausalLM
+from newllm.models.layout import misfit
 from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling, ends_of
 from newllm.models.senri.modeling import SenriForCausalLM
 from newllm.models.stepping import Replay, Step, Turn
@@ -52,6 +54,16 @@ class Snapshot(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the layers' states."""
         return sum(state.nbytes() for state in self.states if state is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it has, by names: those of layer 0 begin with ``0.``."""
+        found = {"pending": self.pending, "recent": self.recent}
+        if self.hidden is not None:
+            found["hidden"] = self.hidden
+        for layer, state in enumerate(self.states):
+            parts = {} if state is None else state._asdict()
+            found |= {f"{layer}.{name}": part for name, part in parts.items() if part is not None}
+        return found
 
 
 class _TurnGraph(NamedTuple):
@@ -241,15 +253,22 @@ class Streams:
         """A copy of one row."""
         return self._view().row(row)
 
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; zero before the first token."""
+        return self._view().nbytes()
+
     def _view(self) -> Snapshot:
         return Snapshot(self.states, self.hidden if self.started else None, self.pending, self.recent)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from ``snapshot``, copying it; raises ``ValueError`` where it does not fit."""
-        self._check(snapshot, self.rows)
+        """Go on from ``snapshot``, copying it from whatever device.
+
+        Raises ``ValueError`` where it does not fit, and goes on as before.
+        """
+        states = self._fitting(snapshot, self.rows)
         self.reset()
         with torch.no_grad():
-            for layer, state in zip(self._layers, snapshot.states, strict=True):
+            for layer, state in zip(self._layers, states, strict=True):
                 if state is not None:
                     # Copied for the layers that would keep the very tensors.
                     layer.write(state.map(torch.clone), 0)  # type: ignore[arg-type]
@@ -262,11 +281,11 @@ class Streams:
 
         Raises ``ValueError`` where it does not fit.
         """
-        self._check(snapshot, 1)
+        states = self._fitting(snapshot, 1)
         if snapshot.hidden is None:
             raise ValueError("snapshot must be of a session that has read a token, got an empty one")
         with torch.no_grad():
-            for layer, state in zip(self._layers, snapshot.states, strict=True):
+            for layer, state in zip(self._layers, states, strict=True):
                 assert state is not None
                 held: Any = layer.state
                 if held is None:
@@ -279,24 +298,44 @@ class Streams:
             ):
                 mine[row] = given[0]
 
-    def _check(self, snapshot: Snapshot, rows: int) -> None:
-        layers = len(self._cache.layers)
-        if len(snapshot.states) != layers:
-            raise ValueError(f"snapshot must hold {layers} layers, got {len(snapshot.states)}")
+    def _fitting(self, snapshot: Snapshot, rows: int) -> tuple[State | None, ...]:
+        """The states of ``snapshot`` on the devices where the model has its own."""
+        made = made_by(self.model)
+        if len(snapshot.states) != len(made.states):
+            raise ValueError(f"snapshot must hold {len(made.states)} layers, got {len(snapshot.states)}")
         if len(snapshot.pending) != rows:
             raise ValueError(f"snapshot must hold {rows} rows, got {len(snapshot.pending)}")
-        config: Any = self.model.config
-        shape: tuple[int, ...]
-        if self._kind is InfiniCacheLayer:
-            ring = config.sliding_window or config.segment
-            name, shape = "keys", (rows, config.num_key_value_heads, ring, config.head_dim)
-        else:
-            name, shape = "contexts", (rows, config.context_dim)
-        for state in snapshot.states:
-            if state is not None:
-                found = state.context if isinstance(state, ContextState) else state.keys
-                if found.shape != shape:
-                    raise ValueError(f"snapshot must hold {name} of shape {shape}, got {tuple(found.shape)}")
+        wrong = misfit(snapshot.tensors(), made.tensors(), rows)
+        if wrong is not None:
+            raise ValueError(f"snapshot must be of a model of this shape: {wrong}")
+        pairs = zip(snapshot.states, made.states, strict=True)
+        return tuple(None if state is None else _moved(state, like) for state, like in pairs)
+
+
+# What a model makes, until its parameters are others or elsewhere: it takes a token to tell.
+_MADE: WeakKeyDictionary[Model, tuple[Any, Snapshot]] = WeakKeyDictionary()
+
+
+def made_by(model: Model) -> Snapshot:
+    """What a session of one row holds after a token: names, shapes, dtypes and devices, without content."""
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    unchanged = (autocast, [(weight.dtype, weight.device, weight.shape) for weight in model.parameters()])
+    known = _MADE.get(model)
+    if known is None or known[0] != unchanged:
+        streams = Streams(model, 1)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        streams.read(one, torch.ones_like(one, dtype=torch.bool))
+        made = streams.take(0).map(lambda tensor: tensor.new_empty(()).expand(tensor.shape))
+        known = _MADE[model] = (unchanged, made)
+    return known[1]
+
+
+def _moved(state: Any, like: Any) -> State:
+    """``state`` on the devices of ``like``, which has the same parts."""
+    pairs = zip(state, like, strict=True)
+    moved: State = type(state)(*(None if part is None else part.to(one.device) for part, one in pairs))
+    return moved
 
 
 def _latest(recent: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
