@@ -7,7 +7,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from newllm.data.recall.drafts import Draft, Language, answer_pieces, least_tokens, written
+from newllm.data.recall.drafts import Encoded, Language, encoded, written
 from newllm.data.recall.prompts import Written, cell_seed
 from newllm.data.recall.suites import drafting
 from newllm.training.config import TaskConfig
@@ -35,7 +35,8 @@ class SuiteBatches:
         self.words, self.config, self.segment, self.steps, self.seed = words, config, segment, steps, seed
         self.drafts = [drafting(name)[0] for name in config.suites]
         random = Random(0)
-        planned = [self._least(draft(None, random)) for draft in self.drafts for _ in range(_PLANNED)]
+        drafts = [draft(None, random) for draft in self.drafts for _ in range(_PLANNED)]
+        planned = [_least(encoded(words, draft)) for draft in drafts]
         for length, least in (min(config.lengths), min(planned)), (max(config.lengths), max(planned)):
             if length < least:
                 raise ValueError(f"length {length} is too short for its prompt, which needs {least} tokens")
@@ -53,25 +54,20 @@ class SuiteBatches:
         batch = {"input_ids": ids, "loss_weight": weight}
         return batch | diluted(kept, config.dilution, progress, generator)
 
-    def _draft(self, length: int, random: Random) -> tuple[Draft, int]:
-        """A draft that fits ``length`` tokens, and how many it leaves to filler."""
+    def _plan(self, length: int, random: Random) -> Encoded:
+        """A draft that fits ``length`` tokens."""
         while True:
-            draft = random.choice(self.drafts)(self._depth(random), random)
-            spare = length - self._least(draft)
-            if spare >= 0:
-                return draft, spare
-
-    def _least(self, draft: Draft) -> int:
-        """Tokens of a sample of ``draft`` without any filler."""
-        return least_tokens(self.words, draft) + sum(map(len, answer_pieces(self.words, draft)[0]))
+            plan = encoded(self.words, random.choice(self.drafts)(self._depth(random), random))
+            if _least(plan) <= length:
+                return plan
 
     def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
         random = Random(cell_seed("train", self.seed, step, row))
-        draft, spare = self._draft(length, random)
-        answer = sum(map(len, answer_pieces(self.words, draft)[0]))
+        plan = self._plan(length, random)
+        spare = length - _least(plan)
         behind = random.randrange(min(self.segment, spare + 1)) if self.config.shift else 0
-        made = written(self.words, draft, length - answer - behind, random)
+        made = written(self.words, plan, length - plan.answer_tokens - behind, random)
         return self._filled(made, length, random)
 
     def _depth(self, random: Random) -> float | None:
@@ -95,3 +91,8 @@ class SuiteBatches:
         for start, stop in made.spans:
             kept |= (first < stop) & (first + self.segment > start)
         return ids, weight, kept
+
+
+def _least(plan: Encoded) -> int:
+    """Tokens of a sample without any filler."""
+    return plan.prompt_tokens + plan.answer_tokens

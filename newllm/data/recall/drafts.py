@@ -52,6 +52,27 @@ class Draft(NamedTuple):
     hay: Callable[[Random], str] | None = None
 
 
+class Encoded(NamedTuple):
+    """A draft as token ids, each text on its own; the answer as ``Written`` has it."""
+
+    draft: Draft
+    head: Tensor
+    needles: Sequence[Tensor]
+    question: Tensor
+    pieces: Sequence[Sequence[int]]
+    parts: Sequence[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt without any filler."""
+        return sum(map(len, (self.head, *self.needles, self.question)))
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the answer."""
+        return sum(map(len, self.pieces))
+
+
 Drafting = Callable[[float | None, Random], Draft]
 Solving = Callable[[str, Random], list[str]]
 
@@ -80,7 +101,7 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
         rows = []
         for number in samples:
             random = Random(cell_seed(name, seed, length, depth, number))
-            rows.append(written(words, draft(depth, random), length, random))
+            rows.append(written(words, encoded(words, draft(depth, random)), length, random))
         return gathered(rows)
 
     def solved(ids: Tensor, random: Random) -> list[tuple[int, ...]]:
@@ -89,39 +110,41 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
     return Suite(name, prompts, solved)
 
 
-def written(words: Language, draft: Draft, length: int, random: Random) -> Written:
-    """The prompt of ``length`` tokens that ``draft`` plans, with its answer.
+def encoded(words: Language, draft: Draft) -> Encoded:
+    """``draft`` in the tokens of ``words``."""
+    needles = [words.encode(needle) for needle in draft.needles]
+    head, question = words.encode(draft.head), words.encode(draft.question)
+    return Encoded(draft, head, needles, question, *_answer_pieces(words, draft))
+
+
+def written(words: Language, plan: Encoded, length: int, random: Random) -> Written:
+    """The prompt of ``length`` tokens that the draft of ``plan`` describes, with its answer.
 
     Raises ``ValueError`` for a length too short for what has to stand in it.
     """
-    head, question = words.encode(draft.head), words.encode(draft.question)
-    needles = [words.encode(needle) for needle in draft.needles]
-    room = length - len(head) - len(question) - sum(map(len, needles))
+    draft, room = plan.draft, length - plan.prompt_tokens
     if room < 0:
-        raise ValueError(f"length {length} is too short for its prompt, which needs {length - room} tokens")
+        raise ValueError(
+            f"length {length} is too short for its prompt, which needs {plan.prompt_tokens} tokens"
+        )
     if draft.hay is None:
         start = random.randrange(len(words.filler))
         index = (start + torch.arange(room)) % len(words.filler)
         hay, breaks = words.filler[index], words.breaks[index]
     else:
         hay, breaks = _written_hay(words, draft.hay, room, random)
-    parts, before, total, spans = [head], 0, len(head), []
-    for needle, place in zip(needles, draft.places, strict=True):
+    parts, before, total, spans = [plan.head], 0, len(plan.head), []
+    for needle, place in zip(plan.needles, draft.places, strict=True):
         spot = max(before, _spot(breaks, place))
         parts += [hay[before:spot], needle]
         total += spot - before
         spans.append((total, total + len(needle)))
         total, before = total + len(needle), spot
-    prompt = torch.cat([*parts, hay[before:], question])
-    return Written(prompt, *answer_pieces(words, draft), len(question), spans)
+    prompt = torch.cat([*parts, hay[before:], plan.question])
+    return Written(prompt, plan.pieces, plan.parts, len(plan.question), spans)
 
 
-def least_tokens(words: Language, draft: Draft) -> int:
-    """Tokens of the prompt that ``draft`` plans, without any filler."""
-    return sum(len(words.encode(piece)) for piece in (draft.head, *draft.needles, draft.question))
-
-
-def answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[int]]:
+def _answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[int]]:
     """The answer's token ids piece by piece, and which part each piece belongs to."""
     pieces: list[list[int]] = []
     numbers: list[int] = []
