@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     asked: int = 1
 
 
-SETTINGS = {
+RULER = {
     "niah_single_1": Setting("noise"),
     "niah_single_2": Setting(),
     "niah_single_3": Setting(value="uuids"),
@@ -53,9 +53,10 @@ SETTINGS = {
     "niah_multikey_3": Setting("needles", key="uuids", value="uuids"),
     "niah_multivalue": Setting(values=4),
     "niah_multiquery": Setting(keys=4, asked=4),
-    "niah_number_key": Setting(key="numbers"),
 }
-"""RULER's eight tasks of this family, and a number that another number is kept under."""
+"""RULER's eight tasks of this family."""
+SETTINGS = {**RULER, "niah_number_key": Setting(key="numbers")}
+"""These, and a number that another number is kept under."""
 
 
 def needle_drafting(name: str) -> tuple[Drafting, Solving]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
 from newllm.data.recall.counting import COUNTING, counting_suite
 from newllm.data.recall.drafts import Drafting, Solving, drafted_suite, language
-from newllm.data.recall.needles import SETTINGS, needle_drafting
+from newllm.data.recall.needles import RULER, SETTINGS, needle_drafting
 from newllm.data.recall.passkeys import passkey_suite
 from newllm.data.recall.prompts import Suite
 from newllm.data.recall.stories import STORIES, story_drafting
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "passkey": ("passkey", "passkey_border"),
     "niah": tuple(SETTINGS),
-    "ruler": (*(name for name in SETTINGS if name != "niah_number_key"), "vt", *COUNTING),
+    "ruler": (*RULER, "vt", *COUNTING),
     "babilong": STORIES,
 }
 """Names of several suites at once."""
