@@ -150,7 +150,7 @@ def test_samples_hardly_longer_than_their_prompts_leave_less_behind_the_answer()
     assert 32 < max(behind) < 128
 
 
-@pytest.mark.parametrize("name", ["niah", "qa1"])
+@pytest.mark.parametrize("name", ["niah", "niah-single", "qa1"])
 def test_presets_of_suites_can_be_written_from_their_shortest_length_on(name: str) -> None:
     preset = yaml.safe_load(preset_path(name, "train recall").read_text())
     config, segment = TaskConfig(**preset["task"]), preset["model"]["segment"]

@@ -353,13 +353,13 @@ def test_top_k_and_top_p_of_almost_nothing_are_greedy() -> None:
         assert said(Session(model), ids, sampling=Sampling(temperature=5.0, **options)) == expected  # type: ignore[arg-type]
 
 
+def fails(*tensors: Tensor) -> Tensor:
+    raise RuntimeError("no memory left")
+
+
 def test_a_step_that_fails_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(exact_senri())
     session.feed(random_tokens(1, 9))
-
-    def fails(*tensors: Tensor) -> Tensor:
-        raise RuntimeError("no memory left")
-
     monkeypatch.setattr(session._streams, "step", fails)
     with pytest.raises(RuntimeError, match="no memory left"):
         session.generate(max_new_tokens=3)
@@ -371,10 +371,6 @@ def test_a_read_that_fails_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> No
     session = Session(exact_senri())
     said(session, random_tokens(9), 3)
     pending = session.pending
-
-    def fails(*tensors: Tensor) -> Tensor:
-        raise RuntimeError("no memory left")
-
     with monkeypatch.context() as patch:
         patch.setattr(session._streams, "read", fails)
         with pytest.raises(RuntimeError, match="no memory left"):

@@ -220,7 +220,7 @@ def test_a_signal_to_the_whole_group_leaves_a_checkpoint(tmp_path: Path) -> None
 import os, signal, subprocess, sys
 from pathlib import Path
 from newllm.training import trainer as module
-from newllm.training.feed import Feed, Place, loader
+from newllm.training.feed import loader
 from tests.training_parts import Press, trainer
 from tests.test_training_runs import CONFIG
 module.loader = lambda feed, ahead: loader(feed, ahead=True)

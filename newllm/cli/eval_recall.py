@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from newllm.cli.loading import Dtype
@@ -185,19 +186,15 @@ def pictures(rows: list[Row], out: str, prefix: str = "") -> list[str]:
 
 def _by_cell(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Who answered -> multiple of the window -> depth -> mean score of all rows of that cell."""
-    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    cells: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         name = row["model"] if row["memory"] == "reader" else f"memory {row['memory']}"
         multiple = f"{row['length'] / row['window']:.10g}"
-        depths = scores.setdefault(name, {}).setdefault(multiple, {})
-        depths.setdefault(str(row["depth"]), []).append(row["score"])
-    return {
-        name: {
-            multiple: {depth: sum(found) / len(found) for depth, found in depths.items()}
-            for multiple, depths in lengths.items()
-        }
-        for name, lengths in scores.items()
-    }
+        cells.setdefault((name, multiple, str(row["depth"])), []).append(row["score"])
+    means: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, multiple, depth), scores in cells.items():
+        means.setdefault(name, {}).setdefault(multiple, {})[depth] = fmean(scores)
+    return means
 
 
 def _table(rows: list[Row]) -> Any:
