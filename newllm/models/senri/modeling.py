@@ -171,8 +171,10 @@ class SenriModel(SenriPreTrainedModel):
             )
         outputs = []
         for start, stop in pieces:
-            # Asked here once, and not in every layer: the host waits for the answer.
-            part = padding_mask(None if padding is None else padding[:, start:stop], stop - start)
+            # Of a part it is asked anew whether all are real: once, for the host waits for the answer.
+            part = padding
+            if padding is not None and len(pieces) > 1:
+                part = padding_mask(padding[:, start:stop], stop - start)
             out, states = self._read(hidden_states[:, start:stop], part, states, segment_weight)
             outputs.append(out)
         for cache, state in zip(caches, states, strict=False):
