@@ -168,15 +168,16 @@ def _state_entries(shape: Shape, site: Site) -> Iterator[Entry]:
 
     def in_file() -> Prepared:
         session, folder = _read_session(shape, site), tempfile.TemporaryDirectory()
-        path = Path(folder.name) / "session.safetensors"
+
+        def file() -> Path:
+            # By way of the folder, which is removed when nobody holds it.
+            return Path(folder.name) / "session.safetensors"
 
         def call() -> None:
-            session.save(path)
-            session.load(path)
+            session.save(file())
+            session.load(file())
 
-        return Prepared(
-            call, {}, call=call, detail=lambda: f"file {path.stat().st_size:,} bytes, in {folder.name}"
-        )
+        return Prepared(call, {}, call=call, detail=lambda: f"file {file().stat().st_size:,} bytes")
 
     yield _entry(shape, site, "snapshot and restore", _own(site), "in memory", in_memory)
     yield _entry(shape, site, "save and load", _own(site), "in a file", in_file)
