@@ -33,7 +33,7 @@ def decode_entries(shape: Shape, site: Site) -> Iterator[Entry]:
         lambda: _layers(function, lambda: token_inputs(shape, site.source()), site.device),
         lambda direction: work.token(shape, site.dtype.itemsize),
         (work.FORWARD,),
-        judged(case, lambda: token_inputs(shape, site.source()), site.dtype, function, learns=False),
+        judged(case, lambda seed: token_inputs(shape, site.source(seed)), site.dtype, function, learns=False),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from newllm.measuring.shapes import Shape
 from newllm.measuring.timing import Call
 from newllm.measuring.work import BOTH, DIRECTIONS, Work
-from newllm.testing import Inputs, OpCase, leaves, mapped
+from newllm.testing import DRAWS, Inputs, OpCase, leaves, mapped
 
 # What newllm's own rows are called; every other implementation is a peer.
 FUSED, REFERENCE, COMPILED = "fused", "reference", "compiled reference"
@@ -110,7 +110,19 @@ def call_of(prepared: Prepared, direction: str) -> Call:
 
 
 def judged(
-    case: OpCase, inputs: Callable[[], Inputs], dtype: torch.dtype, function: Callable[..., Any], learns: bool
+    case: OpCase,
+    draw: Callable[[int], Inputs],
+    dtype: torch.dtype,
+    function: Callable[..., Any],
+    learns: bool,
 ) -> Callable[[], object]:
-    """A judgement of ``function`` on ``inputs()`` by the error rule of ``newllm.testing``."""
-    return lambda: case.judge(inputs(), dtype, function=function, gradients=learns)
+    """A judgement of ``function`` on the inputs of ``draw(seed)``, by the error rule of ``newllm.testing``.
+
+    Over as many seeds as its tests take in this dtype: one draw's largest errors are luck, on either side.
+    """
+
+    def judge() -> float:
+        first, *others = map(draw, range(DRAWS[dtype]))
+        return case.judge(first, dtype, function=function, gradients=learns, others=others)
+
+    return judge

@@ -28,9 +28,9 @@ class Site:
     device: torch.device
     dtype: torch.dtype
 
-    def source(self) -> Source:
+    def source(self, seed: int = 0) -> Source:
         """A fresh source of random numbers."""
-        return Source(self, torch.Generator(self.device).manual_seed(0))
+        return Source(self, torch.Generator(self.device).manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def entries(
             picked = lambda **inputs: returns(chosen(**inputs))  # noqa: E731
             return Prepared(picked, make(shape, site.source()), case.constants)
 
-        sliced = lambda: make(shape.slice(), site.source())  # noqa: E731
+        sliced = lambda seed: make(shape.slice(), site.source(seed))  # noqa: E731
         judge = judged(case, sliced, site.dtype, function, learns=work.BOTH in directions)
         entry = Entry(op, impl, variant, shape, prepare, least, directions)
         yield entry if impl == COMPILED else replace(entry, judge=judge)

@@ -92,7 +92,7 @@ def _entry(
     make = partial(sweep_inputs, std=std)
     judge = judged(
         CASES[OP],
-        lambda: make(shape._replace(batch=min(shape.batch, 2), tokens=5), site.source()),
+        lambda seed: make(shape._replace(batch=min(shape.batch, 2), tokens=5), site.source(seed)),
         site.dtype,
         public,
         learns=True,
