@@ -8,8 +8,10 @@
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 
 #ifdef __linux__
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 
@@ -27,6 +29,71 @@ void pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif
+}
+
+// Members come from OpenMP's threads where the process has them, as torch's do: those of torch's last product look for
+// work a while longer, and others of ours would have to share their cores with them.
+struct OpenMP {
+    void (*parallel)(void (*region)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+    int (*index)() = nullptr;
+    int (*size)() = nullptr;
+};
+
+const OpenMP& openmp() {
+    static const OpenMP found = [] {
+        OpenMP library;
+#ifdef __linux__
+        // By name: the library is torch's own copy, under whatever name, and this module needs neither.
+        const auto find = [](auto& function, const char* name) {
+            function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
+            return function != nullptr;
+        };
+        if (!find(library.index, "omp_get_thread_num") || !find(library.size, "omp_get_num_threads") ||
+            !find(library.parallel, "GOMP_parallel")) {
+            return OpenMP{};
+        }
+#endif
+        return library;
+    }();
+    return found;
+}
+
+struct Team {
+    Body body;
+    const void* task;
+    Barrier barrier;
+    std::mutex failing;
+    std::exception_ptr failure;
+
+    void work(int index, int size) {
+        try {
+            body(task, Member{index, size, &barrier});
+        } catch (...) {
+            const std::lock_guard<std::mutex> guard(failing);
+            if (!failure) failure = std::current_exception();
+            barrier.abandon();
+        }
+    }
+};
+
+void as_openmp(void* team) { static_cast<Team*>(team)->work(openmp().index(), openmp().size()); }
+
+void as_threads(Team& team, int threads) {
+    std::atomic<int> size{0};  // 0: not known yet, since a thread may fail to start
+    auto work = [&](int index) {
+        while (size.load(std::memory_order_acquire) == 0) std::this_thread::yield();
+        team.work(index, size.load(std::memory_order_relaxed));
+    };
+    std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(threads > 1 ? threads - 1 : 0));
+    try {
+        for (int index = 1; index < threads; ++index) others.emplace_back(work, index);
+    } catch (const std::system_error&) {
+        // Fewer threads do the same work.
+    }
+    size.store(static_cast<int>(others.size()) + 1, std::memory_order_release);
+    work(0);
+    for (auto& thread : others) thread.join();
 }
 
 }  // namespace
@@ -52,31 +119,13 @@ void Barrier::wait(int size) {
 }
 
 void run_team(int threads, Body body, const void* task) {
-    Barrier barrier;
-    std::atomic<int> size{0};  // 0: not known yet, since a thread may fail to start
-    std::exception_ptr failure;
-    std::mutex failing;
-    auto work = [&](int index) {
-        while (size.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-        try {
-            body(task, Member{index, size.load(std::memory_order_relaxed), &barrier});
-        } catch (...) {
-            const std::lock_guard<std::mutex> guard(failing);
-            if (!failure) failure = std::current_exception();
-            barrier.abandon();
-        }
-    };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(threads > 1 ? threads - 1 : 0));
-    try {
-        for (int index = 1; index < threads; ++index) others.emplace_back(work, index);
-    } catch (const std::system_error&) {
-        // Fewer threads do the same work.
+    Team team{body, task};
+    if (threads > 1 && openmp().parallel != nullptr) {
+        openmp().parallel(&as_openmp, &team, static_cast<unsigned>(threads), 0);
+    } else {
+        as_threads(team, threads);
     }
-    size.store(static_cast<int>(others.size()) + 1, std::memory_order_release);
-    work(0);
-    for (auto& thread : others) thread.join();
-    if (failure) std::rethrow_exception(failure);
+    if (team.failure) std::rethrow_exception(team.failure);
 }
 
 Workspace::Workspace() = default;

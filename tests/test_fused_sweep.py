@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +73,15 @@ def test_threads_keep_the_error_rule(cell: str, count: int, threads: Any) -> Non
             cell, torch.float32, batch=batch, tokens=5, input=8, width=330, hidden=270, layers=1
         )
         CASE.judge(inputs, torch.float32, function=fused)
+
+
+def test_fewer_threads_than_asked_for_keep_the_error_rule() -> None:
+    program = (
+        "import torch, test_fused_sweep as tests\n"
+        "tests.test_threads_keep_the_error_rule('context', 3, torch.set_num_threads)"
+    )
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 @cells
