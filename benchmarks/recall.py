@@ -41,7 +41,7 @@ ABLATIONS: dict[str, list[str]] = {
     "paper-features": ["model.feature_scale=1.0", "model.feature_bias=0.0"],
     "fixed-features": ["train.freeze_features=true"],
     "gates-at-the-common-rate": ["train.memory_multiplier=1.0"],
-    "no-curriculum": ["task.lengths=[4096]"],
+    "no-curriculum": ["task.lengths=[{longest}]"],
     "no-dilution": ["task.dilution=1"],
     "no-edge-keys": ["task.edge=0.0"],
     "no-straddling-keys": ["task.straddle=0.0"],
@@ -57,11 +57,11 @@ ABLATIONS: dict[str, list[str]] = {
     "shared-memory": ["model.share_memory=true", "task.dilution=1"],
     "public-recipe": [
         "train.lr=3.0e-4", "train.memory_multiplier=1.0", "model.gate=sigmoid", "model.feature_scale=1.0",
-        "model.feature_bias=0.0", "task.lengths=[4096]", "task.dilution=1", "task.edge=0.0",
+        "model.feature_bias=0.0", "task.lengths=[{longest}]", "task.dilution=1", "task.edge=0.0",
         "task.straddle=0.0", "task.near=0.0", "task.shift=false",
     ],
 }  # fmt: skip
-"""The recipe without one of its parts, or with one more; ``public-recipe`` has none."""
+"""The recipe without one of its parts, or with one more; ``public-recipe`` has none of them."""
 SYMBOLS = {"mqar": ("mqar64", "mqar256")}
 """Names of several tasks over symbols."""
 
@@ -97,7 +97,9 @@ def train(name: str, args: argparse.Namespace, changes: list[str]) -> float | No
     began, out = time.monotonic(), args.out / name
     if (out / "last").is_dir():
         return None
-    values = preset(args.preset, "train recall", [*args.set, *changes, f"train.seed={args.seed}"])
+    longest = max(preset(args.preset, "train recall", args.set)["task"]["lengths"])
+    own = [word.format(longest=longest) for word in changes]
+    values = preset(args.preset, "train recall", [*args.set, *own, f"train.seed={args.seed}"])
     run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
     return time.monotonic() - began
 
@@ -133,7 +135,7 @@ def evaluate(name: str, args: argparse.Namespace, seconds: float | None, variant
     }  # fmt: skip
     if variant:
         trained = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
-        facts |= {"variant": variant, "steps": trained["train"]["steps"]}
+        facts |= {"variant": variant, "preset": args.preset, "steps": trained["train"]["steps"]}
     made = suites(model, folder, args)
     plan = [(suite, length, "on") for length in args.lengths for suite in made]
     plan[len(made) : len(made)] = [(suite, args.lengths[0], "zeroed") for suite in made]

@@ -45,7 +45,9 @@ def test_page_has_every_cell_and_names_what_failed() -> None:
 
 
 def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
-    whole = {**CELL, "variant": "whole", "steps": 1500, "model": "recall-quick-whole-0"}
+    whole = {
+        **CELL, "variant": "whole", "preset": "quick", "steps": 1500, "model": "recall-quick-whole-0"
+    }  # fmt: skip
     worse = {**whole, "variant": "write-gate", "depth": 1.0, "score": 0.5, "ci95": [0.24, 0.76]}
     pairs = {
         **CELL,
@@ -58,6 +60,7 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
     rows = [whole, {**worse, "depth": 0.0, "score": 1.0}, worse, {**pairs, "length": 96, "score": 0.976}]
     page = recall_report(rows, ["rows.jsonl"])
     assert "## By length" not in page
+    assert "### Preset quick" in page
     assert "| variant | steps trained | passkey, memory on, 1,024 |" in page
     assert "| whole | 1,500 | 1.000 [0.72, 1.00] |" in page
     assert "| write-gate | 1,500 | 0.750 [0.24, 0.76] |" in page
@@ -67,7 +70,7 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
 
 def test_eval_report_writes_page_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = {**CELL, "suite": "capacity", "model": "untrained", "depth": None, "width": 8, "state_bytes": 288}
-    variant = {**CELL, "variant": "delta", "suite": "passkey_border"}
+    variant = {**CELL, "variant": "delta", "preset": "quick", "suite": "passkey_border"}
     rows = "".join(f"{json.dumps(row)}\n" for row in (CELL, pairs, variant))
     (tmp_path / "rows.jsonl").write_text(rows)
     words = ["eval", "report", "--out", str(tmp_path / "docs" / "recall.md"), "--rows"]

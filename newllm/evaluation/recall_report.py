@@ -47,7 +47,9 @@ def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
     if by_depth:
         parts.append(f"## What failed\n\n{_failures(by_depth)}\n")
     if variants:
-        parts.append(f"## What each part of the recipe buys\n\n{_ablations(variants)}\n")
+        parts.append("## What each part of the recipe buys\n")
+    for preset, group in groupby(sorted(variants, key=_preset), _preset):
+        parts.append(f"### Preset {preset}\n\n{_ablations(list(group))}\n")
     if capacity:
         parts.append(f"## Random pairs in one head's memory\n\n{_capacities(capacity)}\n")
     if plain:
@@ -57,6 +59,7 @@ def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
 
 _who = itemgetter("suite", "model", "memory")
 _where = itemgetter("suite", "model", "depth")
+_preset = itemgetter("preset")
 
 
 def _table(rows: list[Row]) -> str:
@@ -73,6 +76,11 @@ def _table(rows: list[Row]) -> str:
         lines.append(
             f"| {length:,} | {' | '.join(_cell(group) for group in own)} | {', '.join(map(str, counts))} |"
         )
+    return "\n".join(lines) + f"\n\n{_facts(rows)}."
+
+
+def _facts(rows: list[Row]) -> str:
+    """Of whom the rows are."""
     first = rows[0]
     facts = [
         f"{first[name]:,} {words}" if isinstance(first.get(name), int) else ""
@@ -84,7 +92,7 @@ def _table(rows: list[Row]) -> str:
         f"commit {str(first['commit'])[:7]}",
         str(first.get("device", "")),
     ]
-    return "\n".join(lines) + f"\n\n{', '.join(filter(None, facts))}."
+    return ", ".join(filter(None, facts))
 
 
 def _cell(rows: list[Row]) -> str:
@@ -127,7 +135,8 @@ def _ablations(rows: list[Row]) -> str:
         ]
         steps = ", ".join(sorted({f"{row['steps']:,}" for row in own if row.get("steps")}))
         lines.append(f"| {variant} | {steps} | {' | '.join(_cell(group) for group in cells)} |")
-    return "\n".join(lines) + "\n\nThe mean over depths; in brackets the widest of the intervals' ends."
+    means = "The mean over depths; in brackets the widest of the intervals' ends"
+    return "\n".join(lines) + f"\n\n{means}: {_facts(rows)}."
 
 
 def _capacities(rows: list[Row]) -> str:
