@@ -234,6 +234,18 @@ def test_decode_writes_into_the_state_it_is_given() -> None:
     assert [x.data_ptr() for _, x in leaves(state)] == before
 
 
+def test_decode_reads_no_slot_that_no_token_has_reached() -> None:
+    drawn = draw(plan(rope=None))
+    clean = empty_state(drawn.k, drawn.v, ring=8, memory=True)
+    spoilt = mapped(Tensor.clone, clean)
+    for ring in (spoilt.keys, spoilt.values):
+        ring.fill_(torch.nan)
+    for t in range(12):
+        tokens = [x[:, :, t : t + 1] for x in (drawn.q, drawn.k, drawn.v)]
+        found = [infini_decode(*tokens, drawn.beta, state, window=8, segment=4) for state in (clean, spoilt)]
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_states_are_float32_and_rings_keep_the_inputs_dtype(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in draw(plan())[:3])

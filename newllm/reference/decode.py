@@ -54,19 +54,27 @@ def _put(ring: Tensor, new: Tensor, position: Tensor, active: Tensor) -> None:
 def _attend(q: Tensor, state: InfiniState, window: int | None, segment: int, rope: Rope | None) -> Tensor:
     """Softmax over the ring in slot order: attention does not mind the order, so nothing is moved."""
     ring = state.keys.shape[2]
-    age = (state.position[:, None] - torch.arange(ring, device=q.device)) % ring
+    filled = _filled(state.position, ring)
+    age = (state.position[:, None] - torch.arange(filled, device=q.device)) % ring
     visible = age <= state.position[:, None]
     if window is None:
         visible = visible & (age <= (state.position % segment)[:, None])
     compute = state_dtype(q.dtype)
-    keys = rotate(state.keys.to(compute), _rope_by_age(rope, age))
+    keys = rotate(state.keys[:, :, :filled].to(compute), _rope_by_age(rope, age))
     return F.scaled_dot_product_attention(
         rotate(q.to(compute), rope),
         keys,
-        state.values.to(compute),
+        state.values[:, :, :filled].to(compute),
         visible[:, None, None],
         enable_gqa=q.shape[1] != keys.shape[1],
     ).to(q.dtype)
+
+
+def _filled(position: Tensor, ring: int) -> int:
+    """The first slots, which hold all that was read; all of them where asking would cost a wait."""
+    if position.device.type != "cpu" or torch.compiler.is_compiling():
+        return ring
+    return min(ring, int(position.max()) + 1)
 
 
 def _rope_by_age(rope: Rope | None, age: Tensor) -> Rope | None:
