@@ -14,6 +14,7 @@ import yaml
 from newllm.cli import HELP
 from newllm.cli.options import _options, parse
 from newllm.cli.presets import FOLDER
+from newllm.cli.train import RecallOptions
 
 
 @dataclass
@@ -60,12 +61,30 @@ class Options:
             raise ValueError(f"window_size must be at least 1, got {self.window_size}")
 
 
+@dataclass
+class Fast:
+    """Options with a faster group.
+
+    Args:
+        inner: the group.
+    """
+
+    inner: Inner = field(default_factory=lambda: Inner(rate=2.0))
+
+
 def parsed(*words: str) -> Any:
     return parse(Options, list(words), name="newllm something")
 
 
 def test_defaults_are_those_of_the_dataclass() -> None:
     assert parsed("x", "--out", "y") == Options("x", out="y")
+
+
+def test_a_group_has_the_defaults_that_its_command_gives_it() -> None:
+    assert parse(Fast, [], name="newllm fast") == Fast(Inner(rate=2.0, steps=3))
+    assert parse(Fast, ["--inner.steps", "9"], name="newllm fast") == Fast(Inner(rate=2.0, steps=9))
+    recall = parse(RecallOptions, [], name="newllm train recall")
+    assert recall is not None and recall.stream.kind == "needles"
 
 
 def test_flags_have_dashes_and_dots_and_their_own_types() -> None:

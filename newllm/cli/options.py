@@ -21,23 +21,18 @@ _COMMON = ("--config", "--preset", "--print_config", "--help")
 
 @dataclass
 class Option:
-    """One option: its dotted ``key``, its dataclass ``field``, its type and its help."""
+    """One option: its dotted ``key``, dataclass ``field``, type, help and default (``MISSING``: none)."""
 
     key: str
     field: Field[Any]
     type: Any
     help: str
+    default: Any
 
     @property
     def flag(self) -> str:
         """The flag of the command line, with dashes."""
         return f"--{self.key.replace('_', '-')}"
-
-    @property
-    def default(self) -> Any:
-        """The default, ``MISSING`` without one."""
-        made = self.field.default_factory
-        return self.field.default if made is MISSING else made()
 
 
 def parse(kind: type[T], words: list[str], *, name: str) -> T | None:
@@ -92,15 +87,22 @@ def summary(kind: type[Any]) -> str:
     )
 
 
-def _options(kind: type[Any], prefix: str = "") -> Iterator[Option]:
-    """All options, groups opened."""
+def _options(kind: type[Any], prefix: str = "", group: Any = MISSING) -> Iterator[Option]:
+    """All options, groups opened, each of which has the defaults that its own field made."""
     hints, texts = get_type_hints(kind), _described(kind)
     for field in fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
+        default = _default(field) if group is MISSING else getattr(group, field.name)
         if is_dataclass(hint):
-            yield from _options(hint, f"{key}.")  # type: ignore[arg-type]
+            yield from _options(hint, f"{key}.", default)  # type: ignore[arg-type]
         else:
-            yield Option(key, field, hint, texts.get(field.name, ""))
+            yield Option(key, field, hint, texts.get(field.name, ""), default)
+
+
+def _default(field: Field[Any]) -> Any:
+    """``MISSING`` without one."""
+    made = field.default_factory
+    return field.default if made is MISSING else made()
 
 
 def _described(kind: type[Any]) -> dict[str, str]:
