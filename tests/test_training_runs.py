@@ -30,7 +30,7 @@ from newllm.training.losses import batch_loss, counts, metrics
 from newllm.training.outputs import curves, summary, upper_limit
 from newllm.training.schedules import clip_norm, rate_factor, staged_factor
 from newllm.training.scratch import scratch_model
-from tests.training_parts import SMALL, Press, assert_same_weights, names, rows, trainer, weights
+from tests.training_parts import NEEDLES, SMALL, Press, assert_same_weights, names, rows, trainer, weights
 
 CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=2, log_steps=4, save_steps=3)
 
@@ -96,6 +96,20 @@ def test_loss_and_metrics_agree_and_skip_what_is_ignored() -> None:
     assert metrics([1e6, 0, 1])["perplexity"] == math.inf
     with pytest.raises(ValueError, match="no token to predict"):
         metrics([0, 0, 0])
+
+
+def test_a_batch_without_targets_teaches_nothing(tmp_path: Path) -> None:
+    """The first of a needle's two blocks, where its answer alone is learnt."""
+    logits = torch.randn(1, 3, 7, requires_grad=True)
+    empty = {"input_ids": torch.zeros(1, 3, dtype=torch.int64), "targets": torch.full((1, 3), IGNORED)}
+    loss = batch_loss(logits, empty)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+    needles = NEEDLES._replace(ratio=1.0, answer_only=True)
+    made = trainer(tmp_path, replace(CONFIG, steps=4, log_steps=1), kind="ordered", needles=needles)
+    made.fit()
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert losses[0] == losses[2] == 0 < min(losses[1], losses[3])
 
 
 # What a run leaves

@@ -22,18 +22,19 @@ def targets_of(batch: dict[str, Tensor]) -> Tensor:
 
 
 def batch_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of ``logits [B, T, V]``: the mean over the targets that count.
+    """Cross-entropy in nats of ``logits [B, T, V]``: the mean over the targets that count, 0 without any.
 
     With ``loss_weight [B, T]``, by the token that is predicted, or ``target_weight [B, T]``, by the one that
     predicts, the weighted sum instead.
     """
     targets = targets_of(batch)
     weight = target_weight(batch)
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
     if weight is None:
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+        # Of a needle that is learnt from its answer alone, most blocks hold no target.
+        whole = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return whole / (targets != IGNORED).sum().clamp(min=1)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
     return (losses * weight.flatten()).sum()
 
 
