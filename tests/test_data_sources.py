@@ -186,6 +186,19 @@ def test_row_60_validation_is_a_fixed_choice(tmp_path: Path) -> None:
     assert without(books, tail) is books
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_text_of_one_line_has_validation(end: str) -> None:
+    head, tail = split(numbered("one", ["word " * 20 + end]))
+    assert (head.joined(), tail.joined()) == ("word " * 18, "word " * 2 + end)
+
+
+def test_a_few_documents_leave_something_to_train_on() -> None:
+    """Of 100 texts some are held out by their hash; two of those alone must not all be."""
+    _, held = split(numbered("x", [f"text {i}" for i in range(100)]))
+    train, validation = split(numbered("x", held.texts[:2]))
+    assert (train.texts, validation.texts) == (held.texts[1:2], held.texts[:1])
+
+
 def test_row_60_auto_split_is_refused_and_files_are_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation must not be 'auto_split'.*'fixed' or a text file"):
         open_source("sentences", validation="auto_split", cache_dir=tmp_path)
@@ -193,10 +206,21 @@ def test_row_60_auto_split_is_refused_and_files_are_made(tmp_path: Path) -> None
     made = open_source("sentences", validation=str(file), cache_dir=tmp_path)
     written = file.read_text()
     assert written == made.validation.joined()
+    same = open_source("sentences", validation=str(file), cache_dir=tmp_path)
+    assert same.record() == made.record()
     again = open_source("sentences", validation=str(file), cache_dir=tmp_path, limit=100)
     assert file.read_text() == written
     assert (len(again.train.texts), again.validation.joined()) == (100, written)
     assert not [text for text in again.train.texts if text in written]
+
+
+def test_validation_files_of_json_lines_keep_documents_and_column(tmp_path: Path) -> None:
+    source, file = tmp_path / "notes.jsonl", tmp_path / "held.jsonl"
+    source.write_text("\n".join(json.dumps({"body": f"note {i}\nof two lines"}) for i in range(100)))
+    options: dict[str, Any] = {"column": "body", "validation": str(file), "cache_dir": tmp_path}
+    made, again = (open_source(str(source), **options) for _ in range(2))
+    assert made.record() == again.record()
+    assert made.validation.texts == split(load_documents(str(source), column="body"))[1].texts
 
 
 def test_row_60_coverage_counts_tokens_and_types() -> None:

@@ -81,15 +81,15 @@ def split(
 
     Titles in ``validation`` are held out, those in ``test`` belong to neither. Where none are named, a
     document is held out when the hash of its text says so, one in ten: the choice stays the same however
-    many documents are read, and copies fall on one side. A single document is cut at a line after nine
-    tenths.
+    many documents are read, and copies fall on one side; but neither side is left without a document. A
+    single document is cut after nine tenths, at the end of a line unless that is the text's own.
     """
     if len(whole.texts) == 1:
         return _cut(whole)
     named = [title in validation for title in whole.titles]
     held = named if any(named) else [_is_held_out(text) for text in whole.texts]
-    if not any(held):
-        held[-1] = True
+    if all(held) or not any(held):
+        held[-1] = not held[-1]
     kept = [place for place, title in enumerate(whole.titles) if not held[place] and title not in test]
     validating = whole.chosen(place for place, out in enumerate(held) if out)
     return without(whole.chosen(kept), validating), validating
@@ -111,5 +111,6 @@ def _is_held_out(text: str) -> bool:
 def _cut(whole: Documents) -> tuple[Documents, Documents]:
     (text,) = whole.texts
     place = int(len(text) * (1 - _HELD_OUT))
-    border = text.find("\n", place) + 1 or place
+    border = text.find("\n", place) + 1
+    border = border if 0 < border < len(text) else place
     return numbered(whole.name, [text[:border]]), numbered(whole.name, [text[border:]])

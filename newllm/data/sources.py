@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -74,8 +75,8 @@ def open_source(
     failing all, a stand-in of this machine takes its place and says so, unless ``offline`` is ``"error"`` or
     a ``revision`` is asked for: a commit, tag or branch of the dataset. ``limit`` is the most training
     documents, ``subset`` a folder of the dataset, ``column`` the text's in JSONL files. ``validation`` is
-    ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or a text file: read where it
-    exists, written from the fixed choice where it does not.
+    ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or a text or JSONL file: read
+    where it exists, written from the fixed choice first where it does not.
 
     Raises ``ValueError`` for unknown names and for ``validation="auto_split"``, which would test on what was
     trained; ``ConnectionError`` for a dataset out of reach under ``offline="error"``; and as
@@ -98,7 +99,7 @@ def open_source(
     else:
         raise unknown(name, SOURCES)
     corpus = corpus._replace(train=corpus.train.first(limit))
-    return corpus if validation == "fixed" else _with_file(corpus, Path(validation))
+    return corpus if validation == "fixed" else _with_file(corpus, Path(validation), column)
 
 
 def coverage(train: np.ndarray, validation: np.ndarray) -> dict[str, float]:
@@ -164,12 +165,17 @@ def _stand_in(name: str, source: HubSource, cache: Path) -> Corpus:
     return corpus._replace(asked=name, stand_in=why)
 
 
-def _with_file(corpus: Corpus, path: Path) -> Corpus:
-    """``corpus`` with the validation documents of a file, which is written where it is missing."""
+def _with_file(corpus: Corpus, path: Path, column: str) -> Corpus:
+    """``corpus`` with the validation documents of a file, which is written where it is missing.
+
+    What was written is read as well: a later run, which finds the file, must see the same documents.
+    """
     if not path.exists():
-        replace_file(path, lambda file: file.write_text(corpus.validation.joined(), encoding="utf-8"))
-        return corpus
-    held = load_documents(str(path))
+        held = corpus.validation
+        lines = [json.dumps({column: text}) for text in held.texts]
+        content = "\n".join(lines) if path.suffix == ".jsonl" else held.joined()
+        replace_file(path, lambda file: file.write_text(content, encoding="utf-8"))
+    held = load_documents(str(path), column=column)
     known: Sequence[str] = held.texts
     kept = [i for i, text in enumerate(corpus.train.texts) if not any(text in other for other in known)]
     return corpus._replace(train=corpus.train.chosen(kept), validation=held)

@@ -132,7 +132,7 @@ class SourceConfig:
         subset: a folder of the dataset, such as ``helpful-base`` of hh-rlhf.
         revision: commit, tag or branch of a dataset of the hub (null: its newest); nothing stands in for it.
         column: the text's column in JSONL files.
-        validation: fixed, or a text file, which is written if it does not exist.
+        validation: fixed, or a text or JSONL file, which is written if it does not exist.
         mirror: a folder of datasets as owner/name, read in place of the hub.
         shuffle: seed that orders the documents (null: as they come).
     """
