@@ -53,6 +53,21 @@ def test_eval_suite_writes_rows_and_goes_on_where_it_stopped(
     }
 
 
+def test_other_conditions_are_other_cells(folder: Path) -> None:
+    """Rows of another text, key or precision are no answer to the question."""
+    words = ["eval", "tiny", "--suite", "passkey", "--lengths", "300", "--depths", "[0.5]", "--samples", "1"]
+    (folder / "notes.txt").write_text("Some line of a text.\n" * 100)
+    changes: list[list[str]] = [[], ["--text", "sentences"], ["--key-length", "3"], ["--autocast"]]
+    changes += [["--text", "notes.txt"]]
+    for number, change in enumerate(changes, 1):
+        for _ in range(2):
+            assert main([*words, "--control", "[oracle]", *change]) == 0
+            assert len(rows_of(folder)) == number * 4
+    (folder / "notes.txt").write_text("Another line of a text.\n" * 100)
+    assert main([*words, "--control", "[oracle]", *changes[-1]]) == 0
+    assert len(rows_of(folder)) == (len(changes) + 1) * 4
+
+
 def test_lengths_are_read() -> None:
     assert parse_lengths("4k:32k") == [4096, 8192, 16384, 32768]
     assert parse_lengths("100,1k,1M") == [100, 1024, 2**20]

@@ -100,13 +100,15 @@ def run(options: SuiteOptions) -> None:
     from rich.console import Console
 
     from newllm.cli.loading import load
-    from newllm.data.recall.suites import make_suite, suite_names
+    from newllm.data.recall.suites import GROUPS, make_suite, suite_names
     from newllm.data.sources import open_source
+    from newllm.data.vocabularies import fingerprint
     from newllm.evaluation.recall import Task, measure, usual_samples
     from newllm.evaluation.rows import RowFile
 
     names, lengths = suite_names(options.suite), parse_lengths(options.lengths)
-    text = open_source(options.text).validation.joined()
+    held = open_source(options.text).validation
+    text = held.joined()
     model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
     window, segment = int(model.config.sliding_window or model.config.segment), int(model.config.segment)
     suites = [
@@ -118,10 +120,13 @@ def run(options: SuiteOptions) -> None:
     rows, found = RowFile(options.rows), []
     with _precision(options.autocast, model.device.type):
         for answerer, facts in _answerers(options, model):
-            facts |= {"text": options.text, "window": window, "segment": segment}
+            facts |= {
+                "text": options.text, "text_sha256": held.sha256[:12], "autocast": options.autocast,
+                "tokenizer": fingerprint(tokenizer)[:12], "window": window, "segment": segment,
+            }  # fmt: skip
             for suite in suites:
-                answer = answerer(suite)
-                found += measure(answer, suite, task, facts=facts, rows=rows)
+                digits = {"key_length": options.key_length} if suite.name in GROUPS["passkey"] else {}
+                found += measure(answerer(suite), suite, task, facts=facts | digits, rows=rows)
     console = Console()
     console.print(_table(found))
     console.print(f"{rows.path}, {', '.join(pictures(found, options.out))}", highlight=False)

@@ -13,8 +13,11 @@ from torch import nn
 from newllm.files import read_rows, replace_file
 
 Row = dict[str, Any]
-IDENTITY = ("suite", "model", "weights", "memory", "length", "depth", "samples", "seed")
-"""What makes two rows the same measurement."""
+IDENTITY = (
+    "suite", "model", "weights", "memory", "length", "depth", "samples", "seed",
+    "text", "text_sha256", "tokenizer", "window", "segment", "key_length", "autocast",
+)  # fmt: skip
+"""What makes two rows the same measurement; what neither of them names is alike."""
 
 
 class RowFile:
