@@ -134,3 +134,9 @@ def test_train_symbols_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("mqar", "senri delta", 4, 6),
     ]
     assert all(0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("words", ["--sizes []", "--tests [0]", "--samples 0", "--rows-per-step 0"])
+def test_train_symbols_refuses_nothing(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "symbols", "parity", *words.split()]) == 2
+    assert "at least 1, got" in capsys.readouterr().err

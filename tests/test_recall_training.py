@@ -132,6 +132,19 @@ def test_suites_in_words_are_trained_on_as_they_are_tested() -> None:
     assert len(seen) >= 2
 
 
+def test_a_share_of_the_samples_of_suites_is_text_alone() -> None:
+    config = TaskConfig(suites=["qa1"], lengths=[400], tokens_per_step=1600, needle_share=0.5, dilution=1.0)
+    words = language(byte_tokenizer(), PROSE * 4)
+    made = SuiteBatches(words, config, segment=64, steps=4, seed=0).batch(0)
+    asks = [b"Answer:" in bytes(ids.tolist()) for ids in made["input_ids"]]
+    assert asks == [True, True, False, False]
+    weight = made["loss_weight"]
+    assert (weight > weight.min()).any(1).tolist() == asks
+    whole = replace(config, needle_share=0.0)
+    text = SuiteBatches(words, whole, segment=64, steps=4, seed=0).batch(0)["loss_weight"]
+    assert float(text.double().sum()) == pytest.approx(config.text_weight)
+
+
 def test_samples_hardly_longer_than_their_prompts_leave_less_behind_the_answer() -> None:
     config = TaskConfig(
         suites=["niah_multiquery"],

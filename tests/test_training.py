@@ -20,7 +20,7 @@ from newllm.data.tokenizer import KEY_TOKEN, QUESTION_TOKEN
 from newllm.models.senri import SenriForCausalLM
 from newllm.runs import Run
 from newllm.training.batches import NeedleBatches
-from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
+from newllm.training.config import ModelConfig, StreamConfig, TaskConfig, TrainConfig
 from newllm.training.dilution import dilution_weights, ramp
 from newllm.training.groups import parameter_groups
 from newllm.training.outputs import curves
@@ -175,15 +175,46 @@ def test_answers_and_text_weigh_what_they_should(share: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": [4000]}, "text must hold at least 4000 tokens"),
+        ({"lengths": [4000], "tokens_per_step": 4000}, "text must hold at least 4000 tokens"),
         ({"needle_share": 2.0}, r"needle_share must be between 0 and 1, got 2\.0"),
         ({"tokens_per_step": 8}, "tokens_per_step must be at least 32, got 8"),
+        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"lengths": []}, "lengths must name at least one"),
+        ({"suites": []}, "suites must name at least one"),
+        ({"dilution": 0.5}, "dilution must be at least 1, got 0.5"),
+        ({"text_weight": -1.0}, "text_weight must be at least 0"),
+        ({"edge": 0.6, "near": 0.6}, "must be shares that sum to at most 1"),
         ({"lengths": [6]}, "too short"),
     ],
 )
 def test_batches_refuse_what_does_not_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(replace(TASK, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"lr": None}, "lr must be a number here, got null"),
+        ({"memory_first": 1, "memory_first_lr": 0.0}, "memory_first_lr must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+        ({"clip_schedule": [[0.5, -1.0]]}, "clip_schedule must hold pairs"),
+        ({"eval_steps": 2}, "eval_steps must be 0 without validation, got 2"),
+    ],
+)
+def test_a_training_refuses_what_it_could_not_do(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, replace(TrainConfig(steps=4, lr=1e-3), **change))
+
+
+@pytest.mark.parametrize("name", ["length", "rows", "key_length", "bptt_segments"])
+def test_streams_of_nothing_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"stream.{name} must be at least 1, got 0"):
+        StreamConfig(**{name: 0})
 
 
 def test_the_control_differs_in_its_memory_alone() -> None:

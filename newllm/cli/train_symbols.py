@@ -54,6 +54,15 @@ class SymbolOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for nothing to train on or to test."""
+        for name in ("sizes", "tests"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must hold numbers of at least 1, got {getattr(self, name)}")
+        for name in ("rows_per_step", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 def run(
     options: SymbolOptions,

@@ -21,17 +21,13 @@ class NeedleBatches:
     ``segment_weight [B, ceil(T / segment)]``.
 
     Raises:
-        ValueError: for a text shorter than a sample, shares outside [0, 1] or a sample too short for a key.
+        ValueError: for a text shorter than a sample, or a sample too short for a key.
     """
 
     def __init__(self, task: PasskeyTask, config: TaskConfig, *, segment: int, steps: int, seed: int) -> None:
         longest = max(config.lengths)
         if len(task.filler) < longest:
             raise ValueError(f"text must hold at least {longest} tokens, one sample, got {len(task.filler)}")
-        if not 0 <= config.needle_share <= 1:
-            raise ValueError(f"needle_share must be between 0 and 1, got {config.needle_share}")
-        if config.tokens_per_step < longest:
-            raise ValueError(f"tokens_per_step must be at least {longest}, got {config.tokens_per_step}")
         task.last_start(min(config.lengths) - config.key_length)
         self.task, self.config, self.segment = task, config, segment
         self.steps, self.seed = steps, seed

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+def _check_least(config: object, group: str, bounds: Mapping[str, float]) -> None:
+    """Raises ``ValueError`` for a value of ``group`` below its bound; null is left to whoever reads it."""
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{group}.{name} must be at least {least}, got {value}")
 
 
 @dataclass
@@ -122,6 +131,27 @@ class TaskConfig:
     text_weight: float = 0.1
     dilution: float = 1024.0
 
+    def __post_init__(self) -> None:
+        """Refuse what would be found out only with a batch at hand.
+
+        Raises:
+            ValueError: for values out of range.
+        """
+        for name in ("suites", "lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"task.{name} must name at least one, got []")
+        if min(self.lengths) < 1:
+            raise ValueError(f"task.lengths must be at least 1, got {self.lengths}")
+        if not 0 <= self.needle_share <= 1:
+            raise ValueError(f"task.needle_share must be between 0 and 1, got {self.needle_share}")
+        at_least = {"tokens_per_step": max(self.lengths), "max_rows": 1, "key_length": 1}
+        _check_least(self, "task", {**at_least, "text_weight": 0, "dilution": 1})
+        shares = self.edge, self.straddle, self.near
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                f"task.edge, task.straddle and task.near must be shares that sum to at most 1, got {shares}"
+            )
+
 
 @dataclass
 class SourceConfig:
@@ -169,6 +199,10 @@ class StreamConfig:
     key_length: int = 3
     bptt_segments: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for values out of range."""
+        _check_least(self, "stream", {"length": 1, "rows": 1, "key_length": 1, "bptt_segments": 1})
+
 
 @dataclass
 class TrainConfig:
@@ -185,7 +219,7 @@ class TrainConfig:
         memory_first: steps in which only the layers with a memory learn.
         memory_first_lr: peak rate of those steps (null: lr).
         weight_decay: decay of matrices.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm (0: not at all).
         clip_schedule: pairs of a share of the training and the norm until then, before max_grad_norm.
         accumulation: batches of a step.
         bf16: autocast to bfloat16.
@@ -249,9 +283,13 @@ class TrainConfig:
             "eval_batches": 1,
         }
         at_least |= {"warmup_steps": 0, "memory_first": 0, "eval_steps": 0, "save_steps": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
+        at_least |= {"weight_decay": 0, "max_grad_norm": 0, "min_delta": 0}
+        at_least |= {"memory_multiplier": 0, "memory_layer_multiplier": 0}
+        _check_least(self, "train", at_least)
+        for name in ("lr", "memory_first_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"train.{name} must be above 0, got {value}")
         if self.memory_first >= self.steps:
             raise ValueError(
                 f"train.memory_first must be below train.steps ({self.steps}), got {self.memory_first}"
@@ -260,7 +298,7 @@ class TrainConfig:
             raise ValueError("train.bf16 and train.fp16 must not both be set")
         if self.patience is not None and (not self.eval_steps or self.patience < 1):
             raise ValueError("train.patience must be at least 1 and needs train.eval_steps above 0")
-        if any(len(pair) != 2 for pair in self.clip_schedule):
+        if any(len(pair) != 2 or min(pair) < 0 for pair in self.clip_schedule):
             raise ValueError(f"train.clip_schedule must hold pairs [share, norm], got {self.clip_schedule}")
 
 

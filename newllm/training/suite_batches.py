@@ -21,10 +21,11 @@ class SuiteBatches:
     """Batches of the ``suites`` of ``config`` along its curriculum of lengths, each a function of its number.
 
     Dicts of ``input_ids``, ``loss_weight`` and ``segment_weight`` like those of ``NeedleBatches``: answers
-    count 1 in all, the text before them ``text_weight``. ``edge``, ``near`` and ``shift`` are what they are
-    there: shares of samples whose first needle stands at the start or in the last tenth of the text, and
-    questions that stand anywhere in a segment. ``straddle`` is left to chance: needles are long. A prompt
-    that does not fit its length is drawn again, so that short lengths ask what is short.
+    count 1 in all, the text before them ``text_weight``. ``needle_share``, ``edge``, ``near`` and ``shift``
+    are what they are there: shares of samples that ask, and of those whose first needle stands at the start
+    or in the last tenth of the text, and questions that stand anywhere in a segment. ``straddle`` is left to
+    chance: needles are long. A prompt that does not fit its length is drawn again, so that short lengths ask
+    what is short.
 
     Raises:
         ValueError: for a suite that is not written in words, a shortest length that is too short for all
@@ -45,11 +46,12 @@ class SuiteBatches:
         """The batch of ``step``."""
         config, progress = self.config, step / self.steps
         length = config.lengths[min(int(progress * len(config.lengths)), len(config.lengths) - 1)]
-        rows = max(1, min(config.tokens_per_step // length, config.max_rows))
-        made = [self._row(length, step, row) for row in range(rows)]
+        rows = min(config.tokens_per_step // length, config.max_rows)
+        asked = round(config.needle_share * rows)
+        made = [self._row(length, step, row, asks=row < asked) for row in range(rows)]
         ids, weight, kept = (torch.stack(parts) for parts in zip(*made, strict=True))
         plain = (weight == 0).float()
-        weight = weight / weight.sum() + plain * (config.text_weight / float(plain.sum()))
+        weight = weight / max(1.0, float(weight.sum())) + plain * (config.text_weight / float(plain.sum()))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         batch = {"input_ids": ids, "loss_weight": weight}
         return batch | diluted(kept, config.dilution, progress, generator)
@@ -61,14 +63,25 @@ class SuiteBatches:
             if _least(plan) <= length:
                 return plan
 
-    def _row(self, length: int, step: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``."""
+    def _row(self, length: int, step: int, row: int, *, asks: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``.
+
+        A row of text alone, which does not ``ask``, keeps all its segments.
+        """
         random = Random(cell_seed("train", self.seed, step, row))
+        if not asks:
+            kept = torch.ones(-(-length // self.segment), dtype=torch.bool)
+            return self._filler(length, random), torch.zeros(length), kept
         plan = self._plan(length, random)
         spare = length - _least(plan)
         behind = random.randrange(min(self.segment, spare + 1)) if self.config.shift else 0
         made = written(self.words, plan, length - plan.answer_tokens - behind, random)
         return self._filled(made, length, random)
+
+    def _filler(self, count: int, random: Random) -> Tensor:
+        """``count`` tokens of the text from a random place on, in a circle."""
+        filler = self.words.filler
+        return filler[(random.randrange(len(filler)) + torch.arange(count)) % len(filler)]
 
     def _depth(self, random: Random) -> float | None:
         lot = random.random()
@@ -80,10 +93,7 @@ class SuiteBatches:
         """The prompt, its answer, and filler behind it."""
         answer = torch.tensor([token for piece in made.pieces for token in piece])
         end = len(made.prompt) + len(answer)
-        index = (random.randrange(len(self.words.filler)) + torch.arange(length - end)) % len(
-            self.words.filler
-        )
-        ids = torch.cat([made.prompt, answer, self.words.filler[index]])
+        ids = torch.cat([made.prompt, answer, self._filler(length - end, random)])
         weight = torch.zeros(length)
         weight[len(made.prompt) : end] = 1.0
         first = torch.arange(0, length, self.segment)

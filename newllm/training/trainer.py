@@ -48,7 +48,7 @@ class LanguageTrainer(Trainer):
         progress: show a bar.
 
     Raises:
-        ValueError: for what this machine or model cannot do.
+        ValueError: for what this machine or model cannot do, and looks at validation that is not given.
     """
 
     def __init__(
@@ -63,6 +63,10 @@ class LanguageTrainer(Trainer):
         carry: bool = False,
         progress: bool = True,
     ) -> None:
+        if config.lr is None:
+            raise ValueError("train.lr must be a number here, got null")
+        if config.eval_steps and validation is None:
+            raise ValueError(f"train.eval_steps must be 0 without validation, got {config.eval_steps}")
         self.config, self.run, self.validation = config, run, validation
         self.checkpoints = Checkpoints(run.out / "checkpoints", config.keep)
         self._interrupt, self._throughput = Interrupt(), Throughput()
