@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from newllm.testing import largest
 from newllm.training.launch import launched_command
@@ -116,6 +119,36 @@ def _shard(rank: int, size: int, folder: str) -> None:
         found.append(losses)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _judge(rank: int, size: int, folder: str) -> None:
+    """One rank of two that judge a sharded Senri by three batches."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from newllm.training.config import TrainConfig
+    from newllm.training.scratch import scratch_model
+    from tests.training_parts import SMALL, trainer
+
+    whole = scratch_model(SMALL, seed=0)[0]
+    config, path = TrainConfig(steps=1, lr=1e-3, eval_steps=1), Path(folder)
+    alone = trainer(path / f"alone-{rank}", config, model=whole, judged=True, batches=3).judge()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "unused", "MASTER_PORT": 1}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    dist.init_process_group("gloo", f"file://{folder}/meet", timedelta(minutes=1), rank=rank, world_size=size)
+    model: Any = scratch_model(SMALL, seed=0)[0]
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    together = trainer(path / f"both-{rank}", config, model=model, judged=True, batches=3).judge()
+    torch.save((alone, together), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_models_are_judged_by_an_odd_number_of_batches(tmp_path: Path) -> None:
+    for alone, together in processes.spawned(_judge, 2, tmp_path):
+        assert together == pytest.approx(alone, rel=64 * torch.finfo(torch.float32).eps)
 
 
 def test_sharded_senri_learns_as_the_whole_one(tmp_path: Path) -> None:

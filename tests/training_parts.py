@@ -47,12 +47,13 @@ def trainer(
     model: Any = None,
     resume: bool = False,
     judged: bool = False,
+    batches: int = 4,
     needles: Needles | None = NEEDLES,
 ) -> LanguageTrainer:
     """A trainer of a small new Senri (or of ``model``) that has not begun."""
     made = model if model is not None else scratch_model(SMALL, seed=config.seed)[0]
     sets = config.accumulation
-    validation = (stream(kind, sets, None, shuffle=False), 4) if judged else None
+    validation = (stream(kind, sets, None, shuffle=False), batches) if judged else None
     result = LanguageTrainer(
         made, stream(kind, sets, needles), config, Run(out, {}, seed=config.seed, resume=resume),
         validation=validation, carry=kind == "ordered", progress=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -271,11 +272,14 @@ class LanguageTrainer(Trainer):
         model.eval()
         carried = CarriedStates(model.config) if self._carried is not None else None
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for index in range(self._reader, count, self._readers):
-            inputs = self._own(self._prepare_inputs(batches.batch(index)))
+        rounds = math.ceil(count / self._readers)
+        for index in range(self._reader, rounds * self._readers, self._readers):
+            # Processes that share a model's weights must all ask for them: who has no batch left reads along.
+            inputs = self._own(self._prepare_inputs(batches.batch(min(index, count - 1))))
             with self.compute_loss_context_manager():
                 logits = model(**self._model_inputs(inputs, carried, index % self.micro_batches)).logits
-            sums += counts(logits, inputs)
+            if index < count:
+                sums += counts(logits, inputs)
         model.train(training)
         return metrics(self.accelerator.reduce(sums, "sum"))
 
