@@ -115,6 +115,23 @@ def test_harness_rows_leave_out_what_was_not_measured() -> None:
     assert 0.55 < low < 0.56 < 0.94 < high < 0.95
 
 
+def test_intervals_of_perplexities_go_beyond_one() -> None:
+    figures = {
+        "perplexity,none": 20.0,
+        "perplexity_stderr,none": 0.5,
+        "acc,none": 0.9,
+        "acc_stderr,none": 0.1,
+    }
+    found = {
+        "results": {"lambada": figures},
+        "n-samples": {"lambada": {"effective": 10}},
+        "higher_is_better": {"lambada": {"perplexity": False, "acc": True}},
+    }
+    perplexity, accuracy = harness_rows(found, {"model": "m"})
+    assert perplexity["ci95"] == pytest.approx((19.020018, 20.979982))
+    assert accuracy["ci95"] == pytest.approx((0.7040036, 1.0))
+
+
 def test_eval_harness_asks_the_harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

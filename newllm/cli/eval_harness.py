@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,11 +98,17 @@ def harness_rows(found: dict[str, Any], facts: dict[str, Any]) -> list[dict[str,
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
             half = _Z95 * error if isinstance(error, float) else None
+            # Perplexities and the like have no upper end; all that is better when higher is a share.
+            shares = found.get("higher_is_better", {}).get(task, {}).get(metric, True)
             rows.append(
                 {
                     "suite": f"lm_eval:{task}", "metric": metric, **facts,
                     "length": int(metric) if metric.isdecimal() else None, "samples": samples, "score": value,
-                    "ci95": None if half is None else (max(0.0, value - half), min(1.0, value + half)),
+                    "ci95": None if half is None else _interval(value, half, 1.0 if shares else math.inf),
                 }
             )  # fmt: skip
     return rows
+
+
+def _interval(value: float, half: float, most: float) -> tuple[float, float]:
+    return max(0.0, value - half), min(most, value + half)
