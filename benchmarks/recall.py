@@ -100,7 +100,9 @@ def train(name: str, args: argparse.Namespace, changes: list[str]) -> float | No
     longest = max(preset(args.preset, "train recall", args.set)["task"]["lengths"])
     own = [word.format(longest=longest) for word in changes]
     values = preset(args.preset, "train recall", [*args.set, *own, f"train.seed={args.seed}"])
-    run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
+    failed = run_senri(options_from(RecallOptions, {**values, "out": str(out), "overwrite": True}))
+    if failed:
+        raise SystemExit(failed)
     return time.monotonic() - began
 
 

@@ -28,7 +28,7 @@ from newllm.data.tokenizer import encode
 from newllm.evaluation.control import zero_memories
 from newllm.evaluation.intervals import mean95
 from newllm.evaluation.recall import Task, measure, model_answers, usual_samples
-from newllm.evaluation.rows import Row, RowFile, weights_digest
+from newllm.evaluation.rows import IDENTITY, Row, RowFile, weights_digest
 from newllm.models.convert import convert, load_base, load_base_tokenizer
 from newllm.models.files import load_model, save_model
 from newllm.runs import Run, commit
@@ -67,7 +67,10 @@ def train(arm: str, args: argparse.Namespace) -> Path:
     )  # fmt: skip
     record = Run(out, {"arm": arm, "data": args.data}, seed=options.train.seed)
     began = time.monotonic()
-    LanguageTrainer(model, streams.train, options.train, record, tokenizer=tokenizer).fit()
+    trainer = LanguageTrainer(model, streams.train, options.train, record, tokenizer=tokenizer)
+    trainer.fit()
+    if trainer.interrupted:
+        raise SystemExit(128 + trainer.interrupted)
     record.log(arm=arm, seconds=round(time.monotonic() - began, 1))
     save_model(model, tokenizer, out / "done", overwrite=True)
     return out / "done"
@@ -97,20 +100,24 @@ def measure_arm(arm: str, folder: Path, args: argparse.Namespace, rows: RowFile)
     model: Any = load_model(folder, dtype="float32").to(device).eval()
     tokenizer = load_base_tokenizer(folder)
     remembers = bool(getattr(model.config, "memory_layers", None))
-    facts: Row = {"model": arm, "weights": weights_digest(model), "commit": args.commit, "depth": None}
+    facts: Row = {
+        "model": arm, "weights": weights_digest(model), "commit": args.commit, "depth": None,
+        "text": args.novel,
+    }  # fmt: skip
     ids = encode(tokenizer, load_text(args.novel).text)[: args.novel_tokens]
     for emptied in (False, True) if remembers else (False,):
         cell = {
             **facts, "suite": "perplexity_beyond", "memory": "zeroed" if emptied else "on", "seed": 0,
             "length": args.block, "samples": (len(ids) - 1) // args.block * (args.block - args.skip),
         }  # fmt: skip
-        if rows.find({key: cell[key] for key in ("suite", "model", "weights", "memory", "length")}) is None:
+        row = rows.find({key: cell.get(key) for key in IDENTITY})
+        if row is None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = novel_losses(model, ids, block=args.block, skip=args.skip, emptied=emptied).double()
             low, high = mean95(float(losses.sum()), float(losses.square().sum()), len(losses))
-            score = math.exp(float(losses.mean()))
-            rows.append({**cell, "text": args.novel, "score": score, "ci95": (math.exp(low), math.exp(high))})
-        print(f"{arm}, memory {cell['memory']}: {rows.rows[-1]['score']:.3f}", flush=True)
+            row = {**cell, "score": math.exp(float(losses.mean())), "ci95": (math.exp(low), math.exp(high))}
+            rows.append(row)
+        print(f"{arm}, memory {cell['memory']}: {row['score']:.3f}", flush=True)
     if arm == FULL:
         return
     task = passkey_task(tokenizer, load_text(args.novel).text, 5)
