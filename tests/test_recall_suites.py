@@ -7,6 +7,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,22 @@ def test_short_prompts_are_refused() -> None:
         suite("passkey_border").prompts(40, 0.5, [0], 0)
     with pytest.raises(ValueError, match=r"suite must be one or several of passkey, niah, .* got 'nah'"):
         suite_names("niah,nah")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": [0.5, 2.0]}, r"depths must lie between 0 and 1, got 2\.0"),
+        ({"samples": lambda length: 0}, "samples must be at least 1, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+    ],
+)
+def test_cells_that_cannot_be_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    task = Task([300], [0.5], lambda length: 1)._replace(**change)
+    rows = RowFile(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=message):
+        measure(lambda prompts, chunk: [1.0], suite("passkey"), task, facts={}, rows=rows, progress=False)
+    assert not rows.path.exists()
 
 
 def test_finished_cells_are_not_measured_again(tmp_path: Path) -> None:

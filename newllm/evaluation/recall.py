@@ -60,8 +60,9 @@ def measure(
     or wrong.
 
     Raises:
-        ValueError: for prompts that do not fit their length.
+        ValueError: for prompts that do not fit their length, no samples, and depths outside 0 to 1.
     """
+    _check(task)
     found = []
     shared = {**facts, "suite": suite.name, "seed": task.seed}
     with tqdm(unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -76,6 +77,18 @@ def measure(
                 on_row(row)
                 found.append(row)
     return found
+
+
+def _check(task: Task) -> None:
+    for depth in task.depths:
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"depths must lie between 0 and 1, got {depth}")
+    for name, count in (
+        ("samples", min(map(task.samples, task.lengths))),
+        ("batch_tokens", task.batch_tokens),
+    ):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def side_by_side(length: int, samples: int, batch_tokens: int) -> int:
