@@ -230,6 +230,18 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         train_contexts(block(), x, QUIET)
 
 
+@pytest.mark.parametrize("name", ["rank_every", "rank_patience", "improvement_patience"])
+def test_sweeps_cannot_be_counted_in_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match=f"phase1.{name} must be at least 1, got 0"):
+        Phase1Config(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["epochs", "patience", "batch_size"])
+def test_phase_two_of_no_epoch_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"phase2.{name} must be at least 1, got 0"):
+        Phase2Config(**{name: 0})
+
+
 def test_configurations_from_another_s_fields() -> None:
     made = Phase2Config.from_base(Phase1Config(seed=7, learning_rate=0.5), {"epochs": 3})
     assert (made.seed, made.learning_rate, made.epochs, made.patience) == (7, 0.5, 3, 3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-def _check_least(config: object, group: str, bounds: Mapping[str, float]) -> None:
+def check_least(config: object, group: str, bounds: Mapping[str, float]) -> None:
     """Raises ``ValueError`` for a value of ``group`` below its bound; null is left to whoever reads it."""
     for name, least in bounds.items():
         value = getattr(config, name)
@@ -145,7 +145,7 @@ class TaskConfig:
         if not 0 <= self.needle_share <= 1:
             raise ValueError(f"task.needle_share must be between 0 and 1, got {self.needle_share}")
         at_least = {"tokens_per_step": max(self.lengths), "max_rows": 1, "key_length": 1}
-        _check_least(self, "task", {**at_least, "text_weight": 0, "dilution": 1})
+        check_least(self, "task", {**at_least, "text_weight": 0, "dilution": 1})
         shares = self.edge, self.straddle, self.near
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(
@@ -201,7 +201,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` for values out of range."""
-        _check_least(self, "stream", {"length": 1, "rows": 1, "key_length": 1, "bptt_segments": 1})
+        check_least(self, "stream", {"length": 1, "rows": 1, "key_length": 1, "bptt_segments": 1})
 
 
 @dataclass
@@ -285,7 +285,7 @@ class TrainConfig:
         at_least |= {"warmup_steps": 0, "memory_first": 0, "eval_steps": 0, "save_steps": 0}
         at_least |= {"weight_decay": 0, "max_grad_norm": 0, "min_delta": 0}
         at_least |= {"memory_multiplier": 0, "memory_layer_multiplier": 0}
-        _check_least(self, "train", at_least)
+        check_least(self, "train", at_least)
         for name in ("lr", "memory_first_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
+from newllm.training.config import check_least
+
 
 class FromBase:
     """Configurations made from another's fields."""
@@ -74,10 +76,9 @@ class Phase1Config(FromBase):
         """Raises ``ValueError`` for values out of range."""
         if not 0 <= self.dist_reg_weight <= 1:
             raise ValueError(f"dist_reg_weight must be between 0 and 1, got {self.dist_reg_weight}")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
-        if self.max_iterations < 2:
-            raise ValueError(f"max_iterations must be at least 2, got {self.max_iterations}")
+        at_least = {"batch_size": 2, "max_iterations": 2, "context_noise": 0, "gradient_clip": 0}
+        at_least |= {"improvement_patience": 1, "rank_every": 1, "rank_patience": 1, "rank_rows": 2}
+        check_least(self, "phase1", at_least)
 
 
 @dataclass
@@ -105,6 +106,10 @@ class Phase2Config(FromBase):
     batch_size: int | None = 512
     freeze_embedding: bool = True
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for values out of range."""
+        check_least(self, "phase2", {"epochs": 1, "patience": 1, "batch_size": 1, "gradient_clip": 0})
 
 
 @dataclass
