@@ -91,7 +91,8 @@ def test_prompts_have_their_length_and_depend_on_their_cell_alone(name: str) -> 
 def test_a_prompt_reads_as_ruler_writes_it() -> None:
     made = suite("niah_multikey_1").prompts(LENGTH, 0.25, [0], 0)
     text = bytes(made.input_ids[0, :LENGTH].tolist()).decode()
-    assert text.startswith("Some special magic numbers are hidden within the following text.")
+    assert text.startswith("A special magic number is hidden within the following text.")
+    assert "I will quiz you about the number afterwards." in text
     assert text.count("One of the special magic numbers for ") == 4
     assert text.endswith("mentioned in the provided text is")
     key = text.split("The special magic number for ")[-1].split(" mentioned")[0]
@@ -106,6 +107,8 @@ def test_a_prompt_reads_as_ruler_writes_it() -> None:
 
 def test_several_answers_are_scored_one_by_one() -> None:
     made = suite("niah_multivalue").prompts(LENGTH, None, [0], 0)
+    text = bytes(made.input_ids[0, :LENGTH].tolist()).decode()
+    assert text.startswith("Some special magic numbers are hidden within the following text.")
     parts = made.parts[0]
     assert set(parts.tolist()) == {GIVEN, 0, 1, 2, 3}
     right = torch.ones(1, len(parts), dtype=torch.bool)

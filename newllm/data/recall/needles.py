@@ -21,6 +21,10 @@ _QUESTION = (
     "\nWhat are all the special magic {kind} for {keys} mentioned in the provided text? "
     "The special magic {kind} for {keys} mentioned in the provided text are"
 )
+_ONE_HEAD = (
+    "A special magic {one} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {one} afterwards.\n"
+)
 _ONE_QUESTION = (
     "\nWhat is the special magic {one} for {keys} mentioned in the provided text? "
     "The special magic {one} for {keys} mentioned in the provided text is"
@@ -82,7 +86,7 @@ def _draft(setting: Setting, depth: float | None, random: Random) -> Draft:
     asked = keys[: setting.asked]
     answer = [hidden[place][1] for place in order if hidden[place][0] in asked]
     asked = list(dict.fromkeys(hidden[place][0] for place in order if hidden[place][0] in asked))
-    single = len(answer) == 1
+    head, question = (_ONE_HEAD, _ONE_QUESTION) if len(answer) == 1 else (_HEAD, _QUESTION)
     listed = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
     names = {"kind": setting.value, "one": _ONE[setting.value], "keys": listed}
 
@@ -92,12 +96,12 @@ def _draft(setting: Setting, depth: float | None, random: Random) -> Draft:
 
     hay = {"noise": noise, "text": None, "needles": distractor}[setting.hay]
     return Draft(
-        head=_HEAD.format(**names),
+        head=head.format(**names),
         needles=[
             f"{_NEEDLE.format(kind=setting.value, key=hidden[i][0], value=hidden[i][1])}\n" for i in order
         ],
         places=[places[i] for i in order],
-        question=(_ONE_QUESTION if single else _QUESTION).format(**names),
+        question=question.format(**names),
         answer=answer,
         hay=hay,
     )
