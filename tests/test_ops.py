@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -14,7 +15,7 @@ from torch import Tensor
 from newllm import backend, ops
 from newllm.testing import CASES, assert_no_worse, assert_rounding, leaves, mapped
 from newllm.types import FeatureMap
-from tests.wrong_inputs import INFINI, WRONG, good, qkv, stream, tables
+from tests.wrong_inputs import INFINI, WRONG, good, memory, qkv, stream, tables
 
 ALL = [(op, variant) for op, case in CASES.items() for variant in case.variants]
 
@@ -31,6 +32,53 @@ def test_wrong_input_is_named(op: str, wrong: dict[str, Any], error: type[Except
     CASES[op].public(**good(op))
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         CASES[op].public(**{**good(op), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "message"),
+    [
+        ("infini_attention", {"q": [1.0]}, "q must be a tensor, got list"),
+        ("infini_attention", {"k": np.zeros((2, 2, 6, 4))}, "k must be a tensor, got ndarray"),
+        ("infini_attention", {"v": None}, "v must be a tensor, got NoneType"),
+        ("infini_attention", {"beta": 0.5}, "beta must be a tensor, got float"),
+        ("infini_attention", {"window": "4"}, "window must be a whole number or None, got '4'"),
+        ("infini_attention", {"segment": 2.0}, "segment must be a whole number, got 2.0"),
+        ("infini_attention", {"segment": None}, "segment must be a whole number, got None"),
+        ("infini_attention", {"segment": True}, "segment must be a whole number, got True"),
+        ("infini_attention", {"rope": 3}, "rope must be the tables (cos, sin), got int"),
+        ("infini_attention", {"rope": tables(6, 4)[:1]}, "rope must be the tables (cos, sin), got 1 of them"),
+        ("infini_attention", {"state": memory()}, "state must be an InfiniState, got MemoryState"),
+        ("infini_attention", {"feature": "elu1"}, "feature must be a FeatureMap, got str"),
+        ("infini_attention", {"padding_mask": [True]}, "padding_mask must be a tensor, got list"),
+        ("infini_decode", {"state": None}, "state must be an InfiniState, got NoneType"),
+        ("memory_update", {"state": (1, 2)}, "state must be a MemoryState, got tuple"),
+        ("memory_retrieve", {"state": None}, "state must be a MemoryState, got NoneType"),
+        ("window_attention", {"segment": 1.5}, "segment must be a whole number, got 1.5"),
+        ("gemv", {"x": 1}, "x must be a tensor, got int"),
+    ],
+)
+def test_another_kind_of_argument_is_named(op: str, wrong: dict[str, Any], message: str) -> None:
+    with torch.no_grad(), pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        CASES[op].public(**{**good(op), **wrong})
+
+
+@pytest.mark.parametrize("op", ["infini_attention", "infini_decode", "memory_retrieve"])
+def test_a_denominator_of_nothing_is_refused(op: str) -> None:
+    """An empty memory would read NaN."""
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^eps must be above 0, got 0.0$"):
+        CASES[op].public(**good(op), eps=0.0)
+
+
+@pytest.mark.parametrize(
+    "op", ["infini_attention", "window_attention", "memory_update", "memory_scan", "memory_retrieve"]
+)
+def test_runs_without_numbers(op: str) -> None:
+    """On the meta device, where sizes are found out without memory."""
+    inputs = good(op)
+    bare = mapped(lambda x: x.to("meta"), inputs)
+    with torch.no_grad():
+        wanted, found = (dict(leaves(CASES[op].public(**given))) for given in (inputs, bare))
+    assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in wanted.items()}
 
 
 @pytest.mark.parametrize("name", ["q", "v", "beta", "state.matrix", "feature.scale", "feature.write"])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 from newllm.reference.features import feature_width
 from newllm.types import FeatureMap, InfiniState, MemoryState
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CAST = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (*CAST, torch.float64)
+# A layer's state holds a memory too.
+MEMORIES = (MemoryState, InfiniState)
 
 
 def require(condition: bool, name: str, got: Any, allowed: str, *parts: Any) -> None:
@@ -50,14 +54,28 @@ def key_values(k: Tensor, v: Tensor) -> None:
     """k ``[B, Hkv, T, K]``, v ``[B, Hkv, T, V]``, one float dtype and device."""
     floats("k", k)
     require(k.ndim == 4, "k", list(k.shape), "of shape [B, Hkv, T, K]")
+    kind("v", v, Tensor, "a tensor")
     require(v.ndim == 4, "v", list(v.shape), "of shape [B, Hkv, T, V]")
     same_place("v", v, k)
     shape("v", v, (*k.shape[:3], v.shape[3]))
     require(k.shape[2] >= 1, "k's tokens", k.shape[2], "at least 1")
 
 
+def kind(name: str, value: Any, classes: type | tuple[type, ...], allowed: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is of one of ``classes``, which are ``allowed`` in words."""
+    if not isinstance(value, classes):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+
+
+def whole(name: str, value: Any, allowed: str = "a whole number") -> None:
+    """Raise ``TypeError`` unless ``value`` is an integer, known or not yet known to a compiler."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
 def floats(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is float16, bfloat16, float32 or float64."""
+    kind(name, tensor, Tensor, "a tensor")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
@@ -71,10 +89,17 @@ def same_place(name: str, tensor: Tensor, like: Tensor, other: str = "k") -> Non
 
 def segmentation(window: int | None, segment: int) -> None:
     """``1 <= segment <= window``: otherwise tokens would lie neither in the window nor in memory."""
+    whole("segment", segment)
     require(segment >= 1, "segment", segment, "at least 1")
     if window is not None:
+        whole("window", window, "a whole number or None")
         require(window >= 1, "window", window, "at least 1 or None")
         require(segment <= window, "segment", segment, "at most window ({})", window)
+
+
+def denominator(eps: float) -> None:
+    """The least denominator of a readout: without one an empty memory reads NaN."""
+    require(eps > 0, "eps", eps, "above 0")
 
 
 def gate_and_beta(beta: Tensor | None, gate: str, q: Tensor) -> None:
@@ -102,6 +127,7 @@ def feature(feature: FeatureMap | None, heads: int, like: Tensor) -> None:
     """elu1 with per-head scale and bias, or dpfp with its order."""
     if feature is None:
         return
+    kind("feature", feature, FeatureMap, "a FeatureMap")
     choice("feature.kind", feature.kind, ("elu1", "dpfp"))
     _write_gate(feature, heads, like)
     if feature.kind == "dpfp":
@@ -143,7 +169,11 @@ def rope(rope: tuple[Tensor, Tensor] | None, k: Tensor, history: int | None) -> 
         return
     batch, _, tokens, width = k.shape
     require(width % 2 == 0, "k's width", width, "even when rope is given")
+    kind("rope", rope, (tuple, list), "the tables (cos, sin)")
+    if len(rope) != 2:
+        raise TypeError(f"rope must be the tables (cos, sin), got {len(rope)} of them")
     cos, sin = rope
+    kind("rope cos", cos, Tensor, "a tensor")
     require(cos.ndim in (2, 3), "rope cos", list(cos.shape), "of shape [N, K] or [B, N, K]")
     rows = cos.shape[-2]
     for name, table in (("rope cos", cos), ("rope sin", sin)):
@@ -169,6 +199,7 @@ def boolean(name: str, mask: Tensor, expected: tuple[int, ...], like: Tensor) ->
 
 def typed(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raise ``TypeError`` unless ``tensor`` has this ``dtype``."""
+    kind(name, tensor, Tensor, "a tensor")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
@@ -177,6 +208,7 @@ def memory_state(state: MemoryState | None, k: Tensor, v: Tensor, features: Feat
     """matrix ``[B, Hkv, F, V]``, norm ``[B, Hkv, F]``, count ``[B]``, for the keys and values at hand."""
     if state is None:
         return
+    kind("state", state, MEMORIES, "a MemoryState")
     batch, heads, _, width = k.shape
     memory(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]), k)
     if state.count is not None:
@@ -186,6 +218,7 @@ def memory_state(state: MemoryState | None, k: Tensor, v: Tensor, features: Feat
 def memory(matrix: Tensor, norm: Tensor, expected: tuple[int, int, int, int], like: Tensor) -> None:
     """A memory ``[B, Hkv, F, V]`` in float32 (or float64)."""
     for name, tensor, sizes in (("state.matrix", matrix, expected), ("state.norm", norm, expected[:3])):
+        kind(name, tensor, Tensor, "a tensor")
         shape(name, tensor, sizes)
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32 (states are never rounded), got {tensor.dtype}")
@@ -211,6 +244,7 @@ def infini_state(
     """A state of the same batch, heads, widths and ring as this call."""
     if state is None:
         return
+    kind("state", state, InfiniState, "an InfiniState")
     batch, heads, _, width = k.shape
     parameter("state.keys", state.keys, (batch, heads, ring, width), k)
     parameter("state.values", state.values, (batch, heads, ring, v.shape[3]), k)
@@ -227,9 +261,14 @@ def infini_state(
 
 
 def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], list[Tensor]]:
-    """Inputs in autocast's dtype, and a context that keeps autocast away from the float32 state."""
-    device = tensors[0].device.type
+    """Inputs in autocast's dtype, and a context that keeps autocast away from the float32 state.
+
+    What is no tensor is left to the checks that know its name.
+    """
+    device = next((each.device.type for each in tensors if isinstance(each, Tensor)), "meta")
+    if not is_autocast_available(device):
+        return nullcontext(), list(tensors)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
+        tensors = tuple(t.to(dtype) if getattr(t, "dtype", None) in CAST else t for t in tensors)
     return torch.autocast(device, enabled=False), list(tensors)

@@ -48,12 +48,14 @@ def infini_decode(
         TypeError: for a wrong dtype. ValueError: for a wrong size or choice.
     """
     context, (q, k, v) = checks.without_autocast(q, k, v)
+    checks.kind("state", state, InfiniState, "an InfiniState")
     check_layer(q, k, v, beta, state, window, segment, gate, rope, rule, feature)
     checks.require(q.shape[2] == 1, "q's tokens", q.shape[2], "1")
     if active is not None:
         checks.boolean("active", active, (k.shape[0],), k)
     learned = (None, None) if feature is None else (feature.scale, feature.bias)
     checks.decay(decay, None, k)
+    checks.denominator(eps)
     inputs = (q, k, v, beta, *state, *(feature or ()), decay)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")

@@ -75,6 +75,7 @@ def infini_attention(
     """
     context, (q, k, v) = checks.without_autocast(q, k, v)
     check_layer(q, k, v, beta, state, window, segment, gate, rope, rule, feature)
+    checks.denominator(eps)
     checks.choice("detach", detach, REACH)
     if bptt_segments is not None:
         checks.require(detach == "none", "detach", repr(detach), "'none' when bptt_segments is given")

@@ -93,6 +93,9 @@ def memory_retrieve(
     context, (q,) = checks.without_autocast(q)
     checks.floats("q", q)
     checks.require(q.ndim == 4, "q", list(q.shape), "of shape [B, H, T, K]")
+    checks.kind("state", state, checks.MEMORIES, "a MemoryState")
+    checks.kind("state.matrix", state.matrix, Tensor, "a tensor")
+    checks.denominator(eps)
     checks.require(
         state.matrix.ndim == 4, "state.matrix", list(state.matrix.shape), "of shape [B, Hkv, F, V]"
     )
