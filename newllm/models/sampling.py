@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from newllm.ops.checks import whole
+
 RECENT_TOKENS = 50
 
 
@@ -28,6 +30,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.top_k is not None:
+            whole("top_k", self.top_k)
         for name, value, allowed, ok in (
             ("temperature", self.temperature, "0 or more", self.temperature >= 0),
             ("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1),

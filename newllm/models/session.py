@@ -13,7 +13,8 @@ from torch import Tensor
 from newllm.models.sampling import Chooser, Sampling
 from newllm.models.session_input import Input, pieces, token_rows
 from newllm.models.stepping import Fetched
-from newllm.models.streams import Compile, Model, Snapshot, Streams
+from newllm.models.streams import Compile, Model, Snapshot, Streams, check_model
+from newllm.ops.checks import kind, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ class Session:
         compile: how a step is run, see ``Streams``.
 
     Raises:
-        TypeError: for another kind of model. ValueError: for sizes below 1, and as ``Streams``.
+        TypeError: for another kind of argument. ValueError: for sizes below 1, and as ``Streams``.
     """
 
     def __init__(
@@ -51,10 +52,16 @@ class Session:
         chunk: int | None = None,
         compile: Compile = "none",
     ) -> None:
+        check_model(model)
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            got = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be a tokenizer of transformers, got {got}")
+        whole("batch_size", batch_size)
         if chunk is None:
             shared = model.device.type != "cpu"
             chunk = max(1, _CHUNK_ELSEWHERE // max(1, batch_size)) if shared else _CHUNK
         for name, value in (("batch_size", batch_size), ("chunk", chunk)):
+            whole(name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._streams = Streams(model, batch_size, compile=compile)
@@ -86,8 +93,9 @@ class Session:
         For a session of one row also an iterator of strings, such as an open file, which is never in memory
         as a whole; its words must not be cut. ``progress`` is told how many tokens each pass has read.
 
-        Raises ``ValueError`` for another number of rows, ids outside the vocabulary, or text without a
-        tokenizer; nothing has been read then (of an iterator: nothing of that string).
+        Raises ``ValueError`` for another number of rows, ids outside the vocabulary, text without a tokenizer
+        or with half characters, ``TypeError`` for what is neither text nor ids; nothing has been read then
+        (of an iterator: nothing of that string).
         """
         for part in pieces(text) if isinstance(text, Iterator) else (text,):
             rows = self._rows(part)
@@ -165,6 +173,9 @@ class Session:
 
         Raises as ``feed``, and ``ValueError`` when a row has not read anything yet.
         """
+        whole("max_new_tokens", max_new_tokens)
+        if sampling is not None:
+            kind("sampling", sampling, Sampling, "a Sampling")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if prompt is None:

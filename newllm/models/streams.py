@@ -73,7 +73,8 @@ class _TurnGraph(NamedTuple):
     replay: Replay
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless ``model`` can be read as a stream."""
     if not isinstance(model, Model):
         kind = type(model).__name__
         raise TypeError(
@@ -95,7 +96,7 @@ class Streams:
     """
 
     def __init__(self, model: Model, rows: int, *, compile: Compile = "none") -> None:
-        _check_model(model)
+        check_model(model)
         if compile not in get_args(Compile):
             raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
         if compile != "none" and isinstance(model, ContextKVForCausalLM):
