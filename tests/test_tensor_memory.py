@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -372,3 +375,15 @@ def test_broken_export_is_refused(change: dict[str, Any], error: Any, message: s
 def test_wrong_arguments_are_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies_hold_what_was_written_under_gradients(again: Callable[[TensorMemory], TensorMemory]) -> None:
+    """As an average of weights takes them in the middle of a training."""
+    made, q = memory(slots=2), queries()
+    made.update(*tokens())
+    same = again(made)
+    assert torch.equal(same.retrieve(q), made.retrieve(q))
+    assert not any(state.matrix.requires_grad for state in same.states)
+    made.retrieve(q).sum().backward()
+    assert made.feature.scale.grad is not None

@@ -178,7 +178,8 @@ class TensorMemory(nn.Module):
 
     def detach_(self) -> TensorMemory:
         """Cut all slots from the graph of gradients, as between two training steps; returns itself."""
-        self._slots = [Slot(*(part.detach() for part in slot)) for slot in self._ready()]
+        self._ready()
+        self._slots = self._detached()
         return self
 
     def svd_cleaning(self, energy_threshold: float = 0.95, max_rank: int | None = None) -> SVDCleaningStats:
@@ -279,6 +280,13 @@ class TensorMemory(nn.Module):
         """Sizes and choices, for ``print``."""
         names = ("num_heads", "head_dim", "value_dim", "slots", "shared", "rule", "scale")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but the graph of gradients, which can be neither."""
+        return {**self.__dict__, "_slots": self._detached()}
+
+    def _detached(self) -> list[Slot]:
+        return [Slot(*(part.detach() for part in slot)) for slot in self._slots]
 
     def _ready(self) -> list[Slot]:
         if not self._slots:
