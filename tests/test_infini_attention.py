@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,25 @@ def test_masks_of_either_attention_implementation_are_understood(implementation:
     # Float32 through three layers: the two differ by the order of sums only.
     additions = 3 * (SIZES["hidden_size"] + SIZES["intermediate_size"] + 15)
     assert_rounding(out, alone, additions=additions, magnitude=largest(alone))
+
+
+def test_masks_that_are_no_tensors_are_refused() -> None:
+    model = with_memory(tiny_base("llama"), window=8)
+    model.set_attn_implementation("flex_attention")
+    message = "attention_mask must be a tensor, got BlockMask: set attn_implementation to 'sdpa' or 'eager'"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        model(random_tokens(1, 9), attention_mask=torch.ones(1, 9).long())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_texts_packed_into_one_row_are_refused(implementation: str) -> None:
+    """A memory would carry one into the next, which the mask forbids."""
+    model = with_memory(tiny_base("llama"), window=8)
+    model.set_attn_implementation(implementation)
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    with pytest.raises(ValueError, match=r"attention_mask must be causal .* give each text a row"):
+        model(random_tokens(1, 9), position_ids=positions, use_cache=False)
+    model(random_tokens(1, 9), position_ids=torch.arange(9)[None] + 7)
 
 
 def test_own_column_of_a_causal_mask_tells_padding() -> None:

@@ -301,9 +301,17 @@ def padding_mask(
     them those that a static cache has reserved; one made for a window has dropped some (None: no columns
     are reserved). None when all are real (not asked in compiled code, nor of a single token, where it costs
     more than it saves).
+
+    Raises ``TypeError`` for the block masks of flex_attention, ``ValueError`` for a causal mask that keeps
+    several texts of a row apart (not asked in compiled code).
     """
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask must be a tensor, got {type(attention_mask).__name__}: "
+            "set attn_implementation to 'sdpa' or 'eager'"
+        )
     if attention_mask.ndim == 4:
         before = attention_mask.shape[-1] - tokens
         if isinstance(seen, Tensor):
@@ -311,10 +319,22 @@ def padding_mask(
         else:
             first = before if seen is None else min(seen, before)
         row = torch.arange(tokens, device=attention_mask.device)
-        own = attention_mask[:, 0, row, first + row]
-        real = own if own.dtype == torch.bool else own == 0
+        real = _seen(attention_mask, row, first + row)
+        if tokens > 1 and not torch.compiler.is_compiling():
+            neighbour = _seen(attention_mask, row[1:], first + row[:-1])
+            if bool((real[:, 1:] & real[:, :-1] & ~neighbour).any()):
+                raise ValueError(
+                    "attention_mask must be causal with padding alone, got one that keeps neighbours apart, "
+                    "as those of packed texts do: give each text a row of its own"
+                )
     else:
         real = attention_mask[:, -tokens:].bool()
     if tokens > 1 and not torch.compiler.is_compiling() and bool(real.all()):
         return None
     return real
+
+
+def _seen(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether each of ``queries`` may see its one of ``keys``, bool ``[B, len(queries)]``."""
+    entries = mask[:, 0, queries, keys]
+    return entries if entries.dtype == torch.bool else entries == 0
