@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,34 @@ def test_damaged_gguf_is_refused(tmp_path: Path) -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert refused(tiny_base("llama"), ValueError, tmp_path, **options) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_layer": [1]}, "'memory_layer' is no option of convert; did you mean 'memory_layers'?"),
+        ({"sliding_window": 8}, "'sliding_window' is no option of convert; did you mean 'window'?"),
+        ({"zzz": 8}, "'zzz' is no option of convert, nor a field of SenriConfig"),
+        ({"dtype": "bf16"}, "dtype must be auto, float16, bfloat16, float32 or float64, got 'bf16'"),
+        ({"dtype": torch.int8}, "dtype must be auto, float16, bfloat16, float32 or float64, got torch.int8"),
+        ({"window": 0}, "sliding_window must be at least 1 or None, got 0"),
+        ({"memory_layers": [1, 1]}, "memory_layers must name each layer once, got [1, 1]"),
+        ({"memory_eps": 0.0}, "memory_eps must be above 0, got 0.0"),
+        ({"feature_order": 0}, "feature_order must be at least 1, got 0"),
+        ({"bptt_segments": -1}, "bptt_segments must be 0 or more, or None, got -1"),
+        (
+            {"bptt_segments": 1, "detach": "full"},
+            "detach must be 'none' when bptt_segments is given, got 'full'",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["folder", "memory"])
+def test_wrong_options_are_named(source: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        convert(tmp_path if source == "folder" else base, **{"window": 8, **options})
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel
 from newllm.files import reading
 from newllm.models.files import load_model, load_tokenizer
 from newllm.models.senri import SenriConfig, SenriForCausalLM
+from newllm.ops.checks import FLOATS
 
 
 def convert(
@@ -25,8 +29,8 @@ def convert(
 ) -> SenriForCausalLM:
     """Give a Llama, SmolLM, Mistral, Qwen2 or Qwen3 model a sliding window and a memory.
 
-    The result is the base model bit for bit on texts within ``window``: its gates are exactly shut, and
-    learn from the first step.
+    The result is the base model bit for bit on texts within ``window`` (and within the window that a Mistral
+    or Qwen2 model may have of its own): its gates are exactly shut, and learn from the first step.
 
     Args:
         model_or_path: a model, a folder, a hub id, or a GGUF file (or a folder that holds one).
@@ -37,23 +41,38 @@ def convert(
 
     Raises:
         FileNotFoundError: where there is no model. ValueError: for an unreadable checkpoint, another
-            family, or sizes that do not fit.
+            family, an unknown option or dtype, or sizes that do not fit.
     """
+    _check_options(dtype, options)
     if isinstance(model_or_path, PreTrainedModel):
         base: Any = model_or_path
         weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     else:
         base = load_base(model_or_path, dtype=dtype)
         weights = base.state_dict()
-    fields = {"gate": "tanh", **options}
+    chosen = {"gate": "tanh", **options}
     config = SenriConfig.from_base(
-        base.config, sliding_window=window, segment=segment, memory_layers=memory_layers, **fields
+        base.config, sliding_window=window, segment=segment, memory_layers=memory_layers, **chosen
     )
     model: SenriForCausalLM = SenriForCausalLM.from_pretrained(
         None, config=config, state_dict=weights, dtype=base.dtype if dtype == "auto" else dtype
     )
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.to(base.device)
+
+
+def _check_options(dtype: torch.dtype | str, options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless all is known: a configuration keeps what it does not know, unused."""
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and kind not in FLOATS:
+        allowed = "auto, float16, bfloat16, float32 or float64"
+        raise ValueError(f"dtype must be {allowed}, got {dtype!r}")
+    names = [*signature(convert).parameters, *(field.name for field in fields(SenriConfig))]
+    for name in options:
+        if name not in names or name == "sliding_window":
+            near = ["window"] if name == "sliding_window" else get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ", nor a field of SenriConfig"
+            raise ValueError(f"{name!r} is no option of convert{hint}")
 
 
 def load_base(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:

@@ -87,6 +87,8 @@ class SenriConfig(LlamaConfig):
     def _check(self) -> None:
         if self.segment is None:
             raise ValueError("segment must be given when sliding_window is None, got None")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
         if self.sliding_window is not None and not 1 <= self.segment <= self.sliding_window:
             raise ValueError(
                 f"segment must be between 1 and sliding_window ({self.sliding_window}), got {self.segment}"
@@ -94,13 +96,14 @@ class SenriConfig(LlamaConfig):
         last = self.num_hidden_layers - 1
         if any(not 0 <= layer <= last for layer in self.memory_layers or ()):
             raise ValueError(f"memory_layers must lie between 0 and {last}, got {self.memory_layers}")
+        if len(set(self.memory_layers or ())) < len(self.memory_layers or ()):
+            raise ValueError(f"memory_layers must name each layer once, got {self.memory_layers}")
         if self.share_memory and (self.rule != "linear" or self.memory_decay is not None):
             raise ValueError(
                 f"share_memory needs rule 'linear' and memory_decay None, got {self.rule!r} and "
                 f"{self.memory_decay}"
             )
-        if self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
+        self._check_numbers()
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0, got {self.attention_dropout}")
         if self.num_attention_heads % (self.num_key_value_heads or 1):
@@ -113,6 +116,17 @@ class SenriConfig(LlamaConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+
+    def _check_numbers(self) -> None:
+        for name in ("prefill_chunk", "feature_order"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.memory_eps > 0:
+            raise ValueError(f"memory_eps must be above 0, got {self.memory_eps}")
+        if self.bptt_segments is not None and self.bptt_segments < 0:
+            raise ValueError(f"bptt_segments must be 0 or more, or None, got {self.bptt_segments}")
+        if self.bptt_segments is not None and self.detach != "none":
+            raise ValueError(f"detach must be 'none' when bptt_segments is given, got {self.detach!r}")
 
     def validate_architecture(self) -> None:
         """Nothing to add: heads need not fill the hidden size, as they must in Llama."""
