@@ -48,7 +48,8 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
     whole = {
         **CELL, "variant": "whole", "preset": "quick", "steps": 1500, "model": "recall-quick-whole-0"
     }  # fmt: skip
-    worse = {**whole, "variant": "write-gate", "depth": 1.0, "score": 0.5, "ci95": [0.24, 0.76]}
+    worse = {**whole, "variant": "write-gate", "depth": 0.5, "score": 0.5, "ci95": [0.24, 0.76]}
+    near = {**worse, "depth": 1.0, "score": 1.0}
     pairs = {
         **CELL,
         "suite": "capacity",
@@ -57,7 +58,13 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
         "width": 128,
         "state_bytes": 66048,
     }
-    rows = [whole, {**worse, "depth": 0.0, "score": 1.0}, worse, {**pairs, "length": 96, "score": 0.976}]
+    rows = [
+        whole,
+        {**worse, "depth": 0.0, "score": 1.0},
+        worse,
+        near,
+        {**pairs, "length": 96, "score": 0.976},
+    ]
     page = recall_report(rows, ["rows.jsonl"])
     assert "## By length" not in page
     assert "### Preset quick" in page

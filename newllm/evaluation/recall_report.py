@@ -121,7 +121,8 @@ def _failures(rows: list[Row]) -> str:
 
 
 def _ablations(rows: list[Row]) -> str:
-    """Variants downwards, lengths to the right, the mean over depths and seeds."""
+    """Variants downwards, lengths to the right, the mean over seeds and the depths that no window reaches."""
+    rows = [row for row in rows if row["depth"] is None or row["depth"] < 1]
     columns = sorted({(row["suite"], row["memory"], row["length"]) for row in rows})
     names = [f"{suite}, memory {memory}, {length:,}" for suite, memory, length in columns]
     lines = [
@@ -135,7 +136,7 @@ def _ablations(rows: list[Row]) -> str:
         ]
         steps = ", ".join(sorted({f"{row['steps']:,}" for row in own if row.get("steps")}))
         lines.append(f"| {variant} | {steps} | {' | '.join(_cell(group) for group in cells)} |")
-    means = "The mean over depths; in brackets the widest of the intervals' ends"
+    means = "The mean over depths below 1; in brackets the widest of the intervals' ends"
     return "\n".join(lines) + f"\n\n{means}: {_facts(rows)}."
 
 
