@@ -22,14 +22,19 @@ What models with a memory recall from far beyond their window. Every figure come
 * **Exact lengths.** A prompt has exactly the length that its row says, to the token, and is streamed through
   the state in pieces. Depth 0 is the first token, depth 1 the last place before the question.
 * **Borders.** `passkey_border` puts each key across the border of a segment, cut in every way in turn.
-* **Controls.** `zeroed` empties the memories just before the answer, `window` takes them out; readers of
-  the whole prompt (`oracle`) and of its question (`blind`) prove the suites (`tests/test_recall_suites.py`).
+* **Controls.** `zeroed` empties the memories just before the answer, so that a model keeps what it looked up
+  while it read the question; `window` takes them out. Readers of the whole prompt (`oracle`) and of its
+  question (`blind`) prove the suites (`tests/test_recall_suites.py`).
 * **Counts of words.** `cwe` and `fwe` ask for what is frequent all over the prompt, so they have no depth;
   the answer is written freely, up to twice its tokens, and searched for each word, as RULER scores it.
 * **Seeds.** A prompt depends on its suite, seed, length, depth and number alone: all models see the same.
   Filler is the validation documents of the text, which no training reads.
 * **Intervals.** In brackets: the 95 % interval of the cell, Wilson's where each answer is right or wrong.
 """
+_ABLATED = """\
+The preset with one part changed, as `ABLATIONS` in `benchmarks/recall.py` says; `public-recipe` has none of
+them. `python -m benchmarks.recall --preset quick --ablate --suites passkey,passkey_border --lengths 1024`
+trains and measures all on one thread."""
 
 
 def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
@@ -47,7 +52,7 @@ def recall_report(rows: Sequence[Row], sources: Iterable[str]) -> str:
     if by_depth:
         parts.append(f"## What failed\n\n{_failures(by_depth)}\n")
     if variants:
-        parts.append("## What each part of the recipe buys\n")
+        parts.append(f"## What each part of the recipe buys\n\n{_ABLATED}\n")
     for preset, group in groupby(sorted(variants, key=_preset), _preset):
         parts.append(f"### Preset {preset}\n\n{_ablations(list(group))}\n")
     if capacity:
