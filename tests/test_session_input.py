@@ -32,7 +32,7 @@ KINDS = "text must be a string, token ids, or one of either per row, got "
         (torch.full((3,), 0.5), "token ids must be whole numbers, got torch.float32"),
         (iter([1, 2]), "text must come in strings, got int"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_other_kinds_are_refused(text: Any, message: str) -> None:
     session = Session(tiny_senri())
