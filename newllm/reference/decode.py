@@ -74,7 +74,7 @@ def _filled(position: Tensor, ring: int) -> int:
     """The first slots, which hold all that was read; all of them where asking would cost a wait."""
     if position.device.type != "cpu" or torch.compiler.is_compiling():
         return ring
-    return min(ring, int(position.max()) + 1)
+    return min(ring, max(position.tolist(), default=0) + 1)
 
 
 def _rope_by_age(rope: Rope | None, age: Tensor) -> Rope | None:
