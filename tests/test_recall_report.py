@@ -68,9 +68,9 @@ def test_page_has_ablations_and_capacities_in_tables_of_their_own() -> None:
     page = recall_report(rows, ["rows.jsonl"])
     assert "## By length" not in page
     assert "### Preset quick" in page
-    assert "| variant | steps trained | passkey, memory on, 1,024 |" in page
-    assert "| whole | 1,500 | 1.000 [0.72, 1.00] |" in page
-    assert "| write-gate | 1,500 | 0.750 [0.24, 0.76] |" in page
+    assert "| variant | steps trained | seeds | passkey, memory on, 1,024 |" in page
+    assert "| whole | 1,500 | 0 | 1.000 [0.72, 1.00] |" in page
+    assert "| write-gate | 1,500 | 0 | 0.750 [0.24, 0.76] |" in page
     assert "| memory | width | bytes | 96 |" in page
     assert "| m, delta | 128 | 66,048 | 0.976 |" in page
 

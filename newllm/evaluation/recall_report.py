@@ -131,8 +131,8 @@ def _ablations(rows: list[Row]) -> str:
     columns = sorted({(row["suite"], row["memory"], row["length"]) for row in rows})
     names = [f"{suite}, memory {memory}, {length:,}" for suite, memory, length in columns]
     lines = [
-        f"| variant | steps trained | {' | '.join(names)} |",
-        "| --- | ---: |" + " ---: |" * len(columns),
+        f"| variant | steps trained | seeds | {' | '.join(names)} |",
+        "| --- | ---: | ---: |" + " ---: |" * len(columns),
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
@@ -140,7 +140,8 @@ def _ablations(rows: list[Row]) -> str:
             [row for row in own if (row["suite"], row["memory"], row["length"]) == key] for key in columns
         ]
         steps = ", ".join(sorted({f"{row['steps']:,}" for row in own if row.get("steps")}))
-        lines.append(f"| {variant} | {steps} | {' | '.join(_cell(group) for group in cells)} |")
+        seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in own}))
+        lines.append(f"| {variant} | {steps} | {seeds} | {' | '.join(_cell(group) for group in cells)} |")
     means = "The mean over depths below 1; in brackets the widest of the intervals' ends"
     return "\n".join(lines) + f"\n\n{means}: {_facts(rows)}."
 
