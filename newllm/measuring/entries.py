@@ -122,7 +122,7 @@ def judged(
     """
 
     def judge() -> float:
-        first, *others = map(draw, range(DRAWS[dtype]))
-        return case.judge(first, dtype, function=function, gradients=learns, others=others)
+        draws = map(draw, range(DRAWS[dtype]))
+        return case.judge(next(draws), dtype, function=function, gradients=learns, others=draws)
 
     return judge

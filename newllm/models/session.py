@@ -56,14 +56,13 @@ class Session:
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
             got = type(tokenizer).__name__
             raise TypeError(f"tokenizer must be a tokenizer of transformers, got {got}")
-        whole("batch_size", batch_size)
-        if chunk is None:
-            shared = model.device.type != "cpu"
-            chunk = max(1, _CHUNK_ELSEWHERE // max(1, batch_size)) if shared else _CHUNK
-        for name, value in (("batch_size", batch_size), ("chunk", chunk)):
+        for name, value in (("batch_size", batch_size), ("chunk", 1 if chunk is None else chunk)):
             whole(name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if chunk is None:
+            shared = model.device.type != "cpu"
+            chunk = max(1, _CHUNK_ELSEWHERE // batch_size) if shared else _CHUNK
         self._streams = Streams(model, batch_size, compile=compile)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.chunk = batch_size, chunk

@@ -312,6 +312,7 @@ def padding_mask(
             f"attention_mask must be a tensor, got {type(attention_mask).__name__}: "
             "set attn_implementation to 'sdpa' or 'eager'"
         )
+    asks, apart = tokens > 1 and not torch.compiler.is_compiling(), None
     if attention_mask.ndim == 4:
         before = attention_mask.shape[-1] - tokens
         if isinstance(seen, Tensor):
@@ -320,18 +321,21 @@ def padding_mask(
             first = before if seen is None else min(seen, before)
         row = torch.arange(tokens, device=attention_mask.device)
         real = _seen(attention_mask, row, first + row)
-        if tokens > 1 and not torch.compiler.is_compiling():
-            neighbour = _seen(attention_mask, row[1:], first + row[:-1])
-            if bool((real[:, 1:] & real[:, :-1] & ~neighbour).any()):
-                raise ValueError(
-                    "attention_mask must be causal with padding alone, got one that keeps neighbours apart, "
-                    "as those of packed texts do: give each text a row of its own"
-                )
+        if asks:
+            apart = real[:, 1:] & real[:, :-1] & ~_seen(attention_mask, row[1:], first + row[:-1])
     else:
         real = attention_mask[:, -tokens:].bool()
-    if tokens > 1 and not torch.compiler.is_compiling() and bool(real.all()):
-        return None
-    return real
+    if not asks:
+        return real
+    # Both at once: the host waits for the answer.
+    answers = [real.all()] if apart is None else [real.all(), apart.any()]
+    complete, *divided = torch.stack(answers).tolist()
+    if any(divided):
+        raise ValueError(
+            "attention_mask must be causal with padding alone, got one that keeps neighbours apart, "
+            "as those of packed texts do: give each text a row of its own"
+        )
+    return None if complete else real
 
 
 def _seen(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
