@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from newllm.models import SenriForCausalLM
@@ -45,6 +47,27 @@ def test_gradients_with_and_without_checkpointing_are_equal(rule: str) -> None:
     assert model.is_gradient_checkpointing
     assert found[0].keys() == found[1].keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast to bfloat16, by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.counts[args[0].shape] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_the_input_of_several_products_once() -> None:
+    model, ids = tiny_senri().train(), random_tokens(2, 30)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state
+    # Before the attention and before the MLP of each layer.
+    assert casts.counts[hidden.shape] == 2 * model.config.num_hidden_layers
 
 
 def test_checkpointing_keeps_a_state_that_is_carried_in_training() -> None:

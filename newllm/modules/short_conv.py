@@ -49,7 +49,7 @@ class ShortConvolution(nn.Module):
         y = joined[:, self.taps - 1 :]
         # Term by term: one order of sums, so that no split of the tokens shows.
         for tap, weight in enumerate(self.weight.to(x.dtype)):
-            y = y + joined[:, tap : tap + tokens] * weight
+            y = torch.addcmul(y, joined[:, tap : tap + tokens], weight)
         if packing is None:
             return y, joined[:, tokens:].clone()
         return packing.unpack(y), packing.newest(joined, self.taps - 1)

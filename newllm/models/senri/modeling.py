@@ -77,7 +77,7 @@ class SenriBlock(GradientCheckpointingLayer):
         if in_place and state is not None and fused_step.fits(self, hidden_states):
             return fused_step.step(self, hidden_states, rope, padding, state), state
         attended, state = self.self_attn(
-            self.input_layernorm(hidden_states),
+            _for_products(self.input_layernorm(hidden_states)),
             position_embeddings=rope,
             padding=padding,
             state=state,
@@ -85,7 +85,15 @@ class SenriBlock(GradientCheckpointingLayer):
             segment_weight=segment_weight,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
+        return hidden_states + self.mlp(_for_products(self.post_attention_layernorm(hidden_states))), state
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """``x`` as autocast hands it to products: once, where each of several would do so on its own."""
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class SenriPreTrainedModel(PreTrainedModel):
