@@ -252,6 +252,17 @@ def test_jsonl_files_and_folders(tmp_path: Path) -> None:
         load_documents(str(file))
 
 
+def test_several_sources_are_read_one_after_another(tmp_path: Path) -> None:
+    for name in ("a+b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {n}"}}\n' for n in range(20)))
+    # A file may have the sign in its name.
+    own = [open_source(str(tmp_path / name)) for name in ("a+b.jsonl", "c.jsonl")]
+    (tmp_path / "a+b.jsonl").rename(tmp_path / "a.jsonl")
+    both = open_source("+".join(str(tmp_path / f"{name}.jsonl") for name in "ac"))
+    assert both.train.texts == own[0].train.texts + own[1].train.texts
+    assert both.validation.texts == own[0].validation.texts + own[1].validation.texts
+
+
 def test_hash_of_documents_covers_their_borders() -> None:
     assert numbered("a", ["xy", "z"]).sha256 != numbered("a", ["x", "yz"]).sha256
     text = b"x"
@@ -262,6 +273,7 @@ def test_hash_of_documents_covers_their_borders() -> None:
     ("words", "error", "message"),
     [
         ({"name": "ultrachatt"}, ValueError, "nearest name is 'ultrachat'"),
+        ({"name": "embedded+ultrachatt"}, ValueError, "nearest name is 'ultrachat'"),
         ({"name": "none/file.txt"}, FileNotFoundError, "no file or folder none/file.txt"),
         (
             {"name": "sentences", "offline": "yes"},

@@ -26,7 +26,7 @@ class CommonOptions:
     """What every family's training is asked.
 
     Args:
-        data: what to train on: a name (see newllm data sources), a file or a folder.
+        data: what to train on: a name (see newllm data sources), a file or a folder, or several joined by +.
         offline: auto lets a stand-in take the place of a dataset out of reach, and says so; error does not.
         tokenizer: of a new model: bytes, bpe:SIZE, words:SIZE, a folder or a hub id (null: the base's, or
             bytes).

@@ -74,6 +74,13 @@ def numbered(name: str, texts: Iterable[str]) -> Documents:
     return documents(name, map(str, range(len(texts))), texts)
 
 
+def together(name: str, parts: Iterable[Documents]) -> Documents:
+    """The documents of all ``parts``, one after another, under one name."""
+    parts = tuple(parts)
+    titles = [title for part in parts for title in part.titles]
+    return documents(name, titles, [text for part in parts for text in part.texts])
+
+
 def split(
     whole: Documents, validation: Container[str] = (), test: Container[str] = ()
 ) -> tuple[Documents, Documents]:

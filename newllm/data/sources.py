@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from newllm.data.corpora import default_cache_dir, is_fetched
-from newllm.data.documents import Documents, numbered, split, without
+from newllm.data.documents import Documents, numbered, split, together, without
 from newllm.data.hub import HUB, HubSource, hub_texts
 from newllm.data.readers import READERS
 from newllm.data.text import EMBEDDED, LOCAL, load_documents, unknown
@@ -69,7 +69,7 @@ def open_source(
     mirror: Path | str | None = None,
     cache_dir: Path | str | None = None,
 ) -> Corpus:
-    """The documents named ``name``, in training and validation.
+    """The documents named ``name``, in training and validation; ``austen+kjv`` are those of both.
 
     A hub dataset is taken from ``mirror``, from what was read before, or from the hub, which is asked once;
     failing all, a stand-in of this machine takes its place and says so, unless ``offline`` is ``"error"`` or
@@ -94,10 +94,10 @@ def open_source(
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if name in HUB:
         corpus = _from_hub(name, offline, limit, subset, revision, mirror, cache)
-    elif name in LOCAL or name.partition(":")[0] in READERS or Path(name).expanduser().exists():
+    elif Path(name).expanduser().exists() or "+" not in name:
         corpus = _local(name, column, cache)
     else:
-        raise unknown(name, SOURCES)
+        corpus = _several(name, column, cache)
     corpus = corpus._replace(train=corpus.train.first(limit))
     return corpus if validation == "fixed" else _with_file(corpus, Path(validation), column)
 
@@ -116,7 +116,18 @@ def coverage(train: np.ndarray, validation: np.ndarray) -> dict[str, float]:
     }
 
 
+def _several(names: str, column: str, cache: Path) -> Corpus:
+    """Local sources joined by ``+``, each with its own choice of documents to judge by."""
+    found = [_local(name, column, cache) for name in names.split("+")]
+    train, validation = (
+        together(names, (getattr(corpus, part) for corpus in found)) for part in ("train", "validation")
+    )
+    return Corpus(names, names, None, without(train, validation), validation)
+
+
 def _local(name: str, column: str, cache: Path) -> Corpus:
+    if not (name in LOCAL or name.partition(":")[0] in READERS or Path(name).expanduser().exists()):
+        raise unknown(name, SOURCES)
     whole = load_documents(name, column=column, cache_dir=cache)
     train, validation = split(whole, _VALIDATION.get(name, ()), _TEST.get(name, ()))
     return Corpus(name, name, None, train, validation)
