@@ -1,6 +1,6 @@
 """What a memory gives SmolLM2-135M beside full attention and its window alone, all continued alike.
 
-``python -m benchmarks.smollm2 --base FOLDER --data austen`` converts the checkpoint four ways (a memory in
+``python -m benchmarks.smollm2 --base FOLDER`` converts the checkpoint four ways (a memory in
 two layers, in every third, in none, and full attention as it was), trains each on books and needles, and
 appends to ``benchmarks/results/smollm2.jsonl`` the perplexity of a held-out novel beyond the window and the
 recall of passkeys. Arms and cells that are there are not made again; ``--arms`` takes some.
@@ -54,6 +54,8 @@ def train(arm: str, args: argparse.Namespace) -> Path:
     model: Any = load_base(args.base, dtype="float32")
     tokenizer = load_base_tokenizer(args.base)
     layers = ARMS[arm]
+    # What a segment counts in a memory means nothing to an arm that has none.
+    task = options.task if layers else replace(options.task, dilution=1)
     if layers is not None:
         kept = [layer for layer in layers if layer < model.config.num_hidden_layers]
         conversion = replace(options.convert, memory_layers=kept)
@@ -62,7 +64,7 @@ def train(arm: str, args: argparse.Namespace) -> Path:
     corpus = read_corpus(args.data, options.source)
     rows = options.stream.rows or 1
     streams = make_streams(
-        corpus, tokenizer, options.stream, options.task, options.train, rows=rows,
+        corpus, tokenizer, options.stream, task, options.train, rows=rows,
         segment=options.convert.segment, progress=False,
     )  # fmt: skip
     record = Run(out, {"arm": arm, "data": args.data}, seed=options.train.seed)
@@ -139,7 +141,7 @@ def main() -> None:
     """Parse, train, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", required=True, help="folder or GGUF file of SmolLM2-135M")
-    parser.add_argument("--data", default="austen")
+    parser.add_argument("--data", default="austen+shakespeare+kjv")
     parser.add_argument("--novel", default="austen:northangerabbey", help="held out")
     parser.add_argument("--novel-tokens", type=int, default=120_000)
     parser.add_argument("--block", type=int, default=8192)
