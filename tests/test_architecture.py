@@ -16,7 +16,7 @@ import newllm
 
 # Each room may import from the layers above it in this list, and from itself.
 LAYERS = (
-    {"files", "types"},
+    {"files", "spelling", "types"},
     {"hub"},
     {"backend", "reference"},
     {"ops"},

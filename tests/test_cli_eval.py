@@ -117,7 +117,7 @@ def test_eval_passkey_takes_lengths_and_digits(folder: Path) -> None:
         (["passkey", "tiny", "--text", "short.txt"], "at least one window of 8 tokens, got 5 tokens"),
         (["passkey", "tiny", "--lengths", "[4]"], "length 4 is too short for a passkey prompt"),
         (["perplexity", "tiny", "--max-tokens", "1"], "max_tokens must be at least 2, got 1"),
-        (["perplexity", "tiny", "--text", "austn"], "the nearest name is 'austen'"),
+        (["perplexity", "tiny", "--text", "austn"], "did you mean 'austen'?"),
         (["perplexity", "tiny", "--chunk", "0"], "chunk must be at least 1, got 0"),
         (["passkey", "tiny", "--sampels", "3"], "--samples"),
     ],

@@ -163,9 +163,9 @@ PRESETS = f"preset must be one of {', '.join(sorted(path.stem for path in FOLDER
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("x --out y --windw-size 4", f"--windw-size {UNKNOWN}; did you mean --window-size?"),
-        ("x --out y --inner.step 4", f"--inner.step {UNKNOWN}; did you mean --inner.steps?"),
-        ("x --out y --window 4", f"--window {UNKNOWN}; did you mean --window-size?"),
+        ("x --out y --windw-size 4", f"--windw-size {UNKNOWN}; did you mean '--window-size'?"),
+        ("x --out y --inner.step 4", f"--inner.step {UNKNOWN}; did you mean '--inner.steps'?"),
+        ("x --out y --window 4", f"--window {UNKNOWN}; did you mean '--window-size'?"),
         ("x --out y --qqqq", f"--qqqq {UNKNOWN}"),
         ("--out y", "the following arguments are required: source"),
         ("x", "the following arguments are required: out"),
@@ -188,8 +188,8 @@ def test_wrong_words_are_told_in_one_sentence(words: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("windw_size: 4", "{} has an unknown key 'windw_size'; did you mean window_size?"),
-        ("inner:\n  stepps: 4", "{} has an unknown key 'inner.stepps'; did you mean inner.steps?"),
+        ("windw_size: 4", "{} has an unknown key 'windw_size'; did you mean 'window_size'?"),
+        ("inner:\n  stepps: 4", "{} has an unknown key 'inner.stepps'; did you mean 'inner.steps'?"),
         ("- 1", "{} must hold 'key: value' lines"),
         ("", "{} must hold 'key: value' lines"),
         ("a: [", "{} cannot be read: "),

@@ -272,8 +272,8 @@ def test_hash_of_documents_covers_their_borders() -> None:
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ({"name": "ultrachatt"}, ValueError, "nearest name is 'ultrachat'"),
-        ({"name": "embedded+ultrachatt"}, ValueError, "nearest name is 'ultrachat'"),
+        ({"name": "ultrachatt"}, ValueError, "did you mean 'ultrachat'"),
+        ({"name": "embedded+ultrachatt"}, ValueError, "did you mean 'ultrachat'"),
         ({"name": "none/file.txt"}, FileNotFoundError, "no file or folder none/file.txt"),
         (
             {"name": "sentences", "offline": "yes"},

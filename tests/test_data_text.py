@@ -143,10 +143,10 @@ def test_damaged_package_names_the_command(cache, name):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("austin", ValueError, "'austin' is no text.* nearest name is 'austen'"),
-        ("embeded", ValueError, "nearest name is 'embedded'"),
-        ("shakespear:hamlet", ValueError, "nearest name is 'shakespeare'"),
-        ("austen:ema", ValueError, "'austen' has no text 'ema'; the nearest is 'emma'"),
+        ("austin", ValueError, "'austin' is no text.*; did you mean 'austen'"),
+        ("embeded", ValueError, "did you mean 'embedded'"),
+        ("shakespear:hamlet", ValueError, "did you mean 'shakespeare'"),
+        ("austen:ema", ValueError, "'austen' has no text 'ema'; did you mean 'emma'?"),
         ("austen:", ValueError, "has no text ''"),
         ("missing/book.txt", FileNotFoundError, "no file or folder missing/book.txt"),
         ("book.txt", FileNotFoundError, "no file or folder book.txt"),

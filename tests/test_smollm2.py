@@ -16,8 +16,8 @@ from tests.tiny_models import tiny_base
 
 Run = Callable[..., None]
 SMALL = [
-    "train.steps=2", "train.warmup_steps=1", "train.bf16=false", "task.lengths=[64]", "task.tokens_per_step=128",
-    "task.suites=[passkey]", "convert.window=16", "convert.segment=16",
+    "train.steps=2", "train.warmup_steps=1", "train.bf16=false", "task.lengths=[64]",
+    "task.tokens_per_step=128", "convert.window=16", "convert.segment=16",
 ]  # fmt: skip
 WORDS = [
     "smollm2", "--base", "base", "--data", "sentences", "--novel", "sentences", "--novel-tokens", "300",

@@ -167,13 +167,13 @@ def refused(capsys: Captured, *words: str) -> str:
 
 def test_training_refuses_in_one_sentence(folder: Path, capsys: Captured) -> None:
     out = ["--out", str(folder / "out")]
-    assert refused(capsys, "senri", "--train.stepz", "3").endswith("did you mean --train.steps?")
+    assert refused(capsys, "senri", "--train.stepz", "3").endswith("did you mean '--train.steps'?")
     assert "no file or folder none.txt" in refused(capsys, "senri", "--data", "none.txt", *out)
     bad = folder / "bad.yaml"
     bad.write_text("train:\n  steps: many\n")
     assert "train.steps" in refused(capsys, "senri", "--config", str(bad), *out)
     bad.write_text("train:\n  stops: 3\n")
-    assert "unknown key 'train.stops'; did you mean train.steps?" in refused(
+    assert "unknown key 'train.stops'; did you mean 'train.steps'?" in refused(
         capsys, "senri", "--config", str(bad)
     )
     rows = folder / "rows.jsonl"

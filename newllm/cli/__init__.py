@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
+
+from newllm.spelling import did_you_mean
 
 HELP = {
     "demo": "train a small model in five minutes and see it recall what left its window long ago",
@@ -116,7 +117,6 @@ def _overview(name: str, commands: dict[str, str]) -> str:
 def _known(what: str, name: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if name not in allowed:
-        near = get_close_matches(name, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, allowed)
         raise ValueError(f"{name!r} is no {what}: it must be one of {', '.join(allowed)}{hint}")
     return name

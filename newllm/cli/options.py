@@ -6,13 +6,13 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from newllm.cli.presets import preset_path
 from newllm.files import one_line, read_yaml
+from newllm.spelling import did_you_mean
 
 T = TypeVar("T")
 # The flags and keys that every command has besides its own.
@@ -138,7 +138,7 @@ def _check_flags(words: list[str], options: list[Option], name: str) -> None:
         if word == "--":
             return
         if flag.startswith("--") and flag not in allowed and not any(map(str.isspace, flag)):
-            raise ValueError(f"{flag} is no option of {name!r}{_nearest(flag, flags)}")
+            raise ValueError(f"{flag} is no option of {name!r}{did_you_mean(flag, flags)}")
 
 
 def _with_config_files(words: list[str], command: str) -> list[str]:
@@ -173,7 +173,7 @@ def _check_keys(path: Path, known: list[str]) -> None:
         raise ValueError(f"the configuration file {path} must hold 'key: value' lines")
     for key in _dotted(content, known):
         if key not in known:
-            near = _nearest(key, known)
+            near = did_you_mean(key, known)
             raise ValueError(f"the configuration file {path} has an unknown key {key[:80]!r}{near}")
 
 
@@ -184,11 +184,6 @@ def _dotted(content: Mapping[Any, Any], known: list[str], prefix: str = "") -> I
             yield from _dotted(value, known, f"{key}.")
         else:
             yield key
-
-
-def _nearest(name: str, allowed: list[str]) -> str:
-    near = get_close_matches(name, allowed, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _sentence(error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
+
+from newllm.spelling import did_you_mean
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -11,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs"
 def preset_path(name: str, command: str = "") -> Path:
     """The file of preset ``name``: that of the ``command``'s own, such as ``senri-quick``, comes first.
 
-    Raises ``ValueError`` for an unknown one, with the nearest.
+    Raises ``ValueError`` for an unknown one.
     """
     files = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     prefix = f"{command.rpartition(' ')[2]}-"
@@ -20,6 +21,6 @@ def preset_path(name: str, command: str = "") -> Path:
     if name not in files:
         # Of several commands' presets the reader wants those of this one.
         known = [file.removeprefix(prefix) for file in files if file.startswith(prefix)] or files
-        near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"preset must be one of {', '.join(known)}, got {name!r}; did you mean {near!r}?")
+        hint = did_you_mean(name, known)
+        raise ValueError(f"preset must be one of {', '.join(known)}, got {name!r}{hint}")
     return FOLDER / f"{name}.yaml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from newllm.data.fetch import Package, check_sha256, fetch, file_sha256
+from newllm.spelling import did_you_mean
 
 
 class Member(NamedTuple):
@@ -137,8 +137,7 @@ def get(name: str, *, cache_dir: Path | str | None = None, progress: bool = True
 
 def _corpus(name: str) -> Corpus:
     if name not in CORPORA:
-        near = difflib.get_close_matches(name, CORPORA, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, CORPORA)
         raise ValueError(f"name {name!r} is unknown: it must be one of {', '.join(CORPORA)}{hint}")
     return CORPORA[name]
 

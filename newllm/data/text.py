@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from newllm.data.documents import Documents, documents, numbered
 from newllm.data.readers import READERS, read_corpus
 from newllm.data.sentences import sentences
 from newllm.files import check_unicode, reading
+from newllm.spelling import did_you_mean
 
 EMBEDDED, SENTENCES = "embedded", "sentences"
 LOCAL = (EMBEDDED, SENTENCES, *READERS)
@@ -87,7 +87,7 @@ def _from_corpus(source: str, corpus: str, part: str | None, cache_dir: Path | s
     if part is None:
         return documents(source, texts, texts.values())
     if part not in texts:
-        raise ValueError(f"{corpus!r} has no text {part!r}; the nearest is {_nearest(part, list(texts))!r}")
+        raise ValueError(f"{corpus!r} has no text {part!r}{did_you_mean(part, texts)}")
     return documents(source, [part], [texts[part]])
 
 
@@ -128,12 +128,7 @@ def unknown(source: str, known: tuple[str, ...]) -> Exception:
     """What to raise for a ``source`` that is neither a known name nor a file."""
     if "/" in source or Path(source).suffix:
         return FileNotFoundError(f"there is no file or folder {source}")
-    nearest = _nearest(source.partition(":")[0], list(known))
+    hint = did_you_mean(source.partition(":")[0], known)
     return ValueError(
-        f"source {source!r} is no text, file or folder; the nearest name is {nearest!r} "
-        f"among {', '.join(known)}"
+        f"source {source!r} is no text, file or folder: it must be one, or one of {', '.join(known)}{hint}"
     )
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

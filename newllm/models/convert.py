@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from newllm.files import reading
 from newllm.models.files import load_model, load_tokenizer
 from newllm.models.senri import SenriConfig, SenriForCausalLM
 from newllm.ops.checks import FLOATS
+from newllm.spelling import did_you_mean
 
 
 def convert(
@@ -70,8 +70,8 @@ def _check_options(dtype: torch.dtype | str, options: dict[str, Any]) -> None:
     names = [*signature(convert).parameters, *(field.name for field in fields(SenriConfig))]
     for name in options:
         if name not in names or name == "sliding_window":
-            near = ["window"] if name == "sliding_window" else get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ", nor a field of SenriConfig"
+            own = ["window"] if name == "sliding_window" else names
+            hint = did_you_mean(name, own) or ", nor a field of SenriConfig"
             raise ValueError(f"{name!r} is no option of convert{hint}")
 
 
