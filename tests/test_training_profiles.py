@@ -206,6 +206,8 @@ def test_an_unfinished_run_is_not_overwritten(
     assert "holds an unfinished run at step 3: --resume goes on from it, --overwrite begins anew" in (
         capsys.readouterr().err
     )
+    assert trained(folder, *small, "--resume", "--model.layers", "3") == 2
+    assert "resume needs the same model.layers as before, which was 2, got 3" in capsys.readouterr().err
     (folder / "text.txt").write_text("another text altogether.\n" * 100)
     assert trained(folder, *small, "--resume") == 2
     assert "resume needs the same train text as before" in capsys.readouterr().err

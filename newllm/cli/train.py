@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,17 +237,39 @@ def _record(options: Any, facts: dict[str, Any], rank: int) -> Any:
     before = out / "config.yaml"
     if options.resume and before.is_file():
         with reading("the record", before):
-            old = (read_yaml(before, "the record") or {}).get("data_read", {})
+            recorded = read_yaml(before, "the record") or {}
+            old = recorded.get("data_read", {})
             known = {part: old[part]["sha256"] for part in ("train", "validation") if part in old}
+            change = next(_changes(recorded, _kept(options)), None)
         for part, digest in known.items():
             if digest != facts["data_read"][part]["sha256"]:
                 raise ValueError(f"resume needs the same {part} text as before, which was of {old['read']}")
+        if change is not None:
+            name, was, came = change
+            raise ValueError(f"resume needs the same {name} as before, which was {was!r}, got {came!r}")
     elif rank == 0 and not options.resume:
         for name in ("checkpoints", "best", "last"):
             shutil.rmtree(out / name, ignore_errors=True)
     return Run(
         out, {**asdict(options), **facts}, seed=options.train.seed, resume=options.resume, writes=rank == 0
     )
+
+
+def _kept(options: Any) -> dict[str, Any]:
+    """What a run that goes on may not change: model and batches; how it learns from here on is free."""
+    kept = ("base", "tokenizer", "model", "convert", "stream", "task")
+    return {name: value for name, value in asdict(options).items() if name in kept}
+
+
+def _changes(before: Any, now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names of options that were something else ``before``, what they were and are."""
+    for name, value in now.items():
+        if name not in before:
+            continue
+        if isinstance(value, dict):
+            yield from _changes(before[name], value, f"{prefix}{name}.")
+        elif value != before[name]:
+            yield f"{prefix}{name}", before[name], value
 
 
 def _finish(record: Any, trainer: Any, shape: dict[str, Any], data: dict[str, Any]) -> None:
