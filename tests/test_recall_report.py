@@ -96,8 +96,8 @@ def test_pictures_hold_the_mean_of_seeds_and_keep_windows_apart(
 ) -> None:
     drawn = []
 
-    def figure(results: dict[str, Any]) -> Figure:
-        drawn.append(results)
+    def figure(results: dict[str, Any], title: str) -> Figure:
+        drawn.append((title, results))
         return Figure()
 
     monkeypatch.setattr("newllm.evaluation.plots.recall_figure", figure)
@@ -105,8 +105,8 @@ def test_pictures_hold_the_mean_of_seeds_and_keep_windows_apart(
     names = [Path(path).name for path in pictures(rows, str(tmp_path), "recall-")]
     assert names == ["recall-passkey-16.png", "recall-passkey-32.png", "recall-qa1.png"]
     assert drawn[:2] == [
-        {"window": 16, "recall": {"memory on": {"64": {"0.5": 0.75}}}},
-        {"window": 32, "recall": {"memory on": {"32": {"0.5": 1.0}}}},
+        ("Recall: passkey", {"window": 16, "recall": {"memory on": {"64": {"0.5": 0.75}}}}),
+        ("Recall: passkey", {"window": 32, "recall": {"memory on": {"32": {"0.5": 1.0}}}}),
     ]
 
 

@@ -181,7 +181,7 @@ def pictures(rows: list[Row], out: str, prefix: str = "") -> list[str]:
     paths = []
     for suite, windows in groups.items():
         for window, own in windows.items():
-            figure = recall_figure({"window": window, "recall": _by_cell(own)})
+            figure = recall_figure({"window": window, "recall": _by_cell(own)}, f"Recall: {suite}")
             name = suite if len(windows) == 1 else f"{suite}-{window}"
             path = Path(out) / f"{prefix}{name}.png"
             replace_file(path, partial(figure.savefig, dpi=150, format="png"))

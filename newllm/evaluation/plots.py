@@ -21,7 +21,7 @@ _DARK = 0.6  # scores from here on are written in white
 _MIB = 2**20
 
 
-def recall_figure(results: Mapping[str, Any]) -> Figure:
+def recall_figure(results: Mapping[str, Any], title: str = "Exact-match recall of a hidden key") -> Figure:
     """One heat map of recall per model: length of the prompt to the right, depth of the key downwards.
 
     ``results`` holds ``window`` and ``recall``: model -> multiple of the window -> depth -> score from 0 to
@@ -38,9 +38,9 @@ def recall_figure(results: Mapping[str, Any]) -> Figure:
     for axes, (name, table) in zip(panels, cells.items(), strict=True):
         image = _heat_map(axes, table, window)
         axes.set_title(name.replace("_", " "))
-    panels[0].set_ylabel("depth of the key\n(0: first token, 1: last place)")
+    panels[0].set_ylabel("depth of what is asked for\n(0: first token, 1: last place)")
     figure.supxlabel(f"length of the prompt (in windows of {window:,} tokens; in tokens)", fontsize="medium")
-    figure.suptitle("Exact-match recall of a hidden key")
+    figure.suptitle(title)
     bar = figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], shrink=0.9)
     bar.set_label("share recalled")
     return figure
