@@ -70,6 +70,13 @@ def test_autocast_casts_the_input_of_several_products_once() -> None:
     assert casts.counts[hidden.shape] == 2 * model.config.num_hidden_layers
 
 
+def test_sizes_are_found_out_without_numbers() -> None:
+    """On the meta device, which has no autocast."""
+    ids = random_tokens(2, 9)
+    bare = tiny_senri().to("meta")(ids.to("meta"), use_cache=False)
+    assert bare.logits.shape == tiny_senri()(ids, use_cache=False).logits.shape
+
+
 def test_checkpointing_keeps_a_state_that_is_carried_in_training() -> None:
     model = tiny_senri().train()
     # Each half has tokens of its own, so that their embeddings' gradients tell where they came from.

@@ -18,6 +18,7 @@ from newllm.models.sampling import RECENT_TOKENS, Chooser, Sampling, ends_of
 from newllm.models.senri.modeling import SenriForCausalLM
 from newllm.models.stepping import Replay, Step, Turn
 from newllm.modules.cache import ContextCacheLayer, InfiniCacheLayer, cache_layer
+from newllm.ops.checks import autocast_dtype
 from newllm.types import ContextState, InfiniState
 
 Model = SenriForCausalLM | ContextLMForCausalLM | ContextKVForCausalLM
@@ -319,8 +320,7 @@ _MADE: WeakKeyDictionary[Model, tuple[Any, Snapshot]] = WeakKeyDictionary()
 
 def made_by(model: Model) -> Snapshot:
     """What a session of one row holds after a token: names, shapes, dtypes and devices, without content."""
-    kind = model.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = autocast_dtype(model.device.type)
     unchanged = (autocast, [(weight.dtype, weight.device, weight.shape) for weight in model.parameters()])
     known = _MADE.get(model)
     if known is None or known[0] != unchanged:

@@ -260,6 +260,13 @@ def infini_state(
         memory(state.matrix, state.norm, (batch, heads, feature_width(features, width), v.shape[3]), k)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts products on this type of ``device`` to; None where it is off, or there is none."""
+    if not is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], list[Tensor]]:
     """Inputs in autocast's dtype, and a context that keeps autocast away from the float32 state.
 
@@ -268,7 +275,7 @@ def without_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[None], li
     device = next((each.device.type for each in tensors if isinstance(each, Tensor)), "meta")
     if not is_autocast_available(device):
         return nullcontext(), list(tensors)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None:
         tensors = tuple(t.to(dtype) if getattr(t, "dtype", None) in CAST else t for t in tensors)
     return torch.autocast(device, enabled=False), list(tensors)

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from newllm import backend as backends, ops
 from newllm.modules.infini_attention import InfiniAttention
 from newllm.modules.norm import RMSNorm
+from newllm.ops.checks import autocast_dtype
 from newllm.ops.gemv_fused import LENGTH, declined
 from newllm.types import InfiniState
 
@@ -39,7 +40,7 @@ def fits(block: SenriBlock, hidden_states: Tensor) -> bool:
         and attention.q_norm is None
         and attention.short_conv is None
         and _untouched(mlp.act_fn, SiLUActivation)
-        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and autocast_dtype(hidden_states.device.type) is None
         and declined(hidden_states[:, 0], (), None, None) is None
     )
 

@@ -25,6 +25,7 @@ from newllm.modules.infini_attention import InfiniAttention, padding_mask, rope_
 from newllm.modules.norm import RMSNorm
 from newllm.modules.rope_config import rotary_from_config
 from newllm.modules.short_conv import ShortConvolution
+from newllm.ops import checks
 from newllm.types import InfiniState
 
 
@@ -90,10 +91,8 @@ class SenriBlock(GradientCheckpointingLayer):
 
 def _for_products(x: Tensor) -> Tensor:
     """``x`` as autocast hands it to products: once, where each of several would do so on its own."""
-    kind = x.device.type
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = checks.autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype not in checks.CAST else x.to(dtype)
 
 
 class SenriPreTrainedModel(PreTrainedModel):
