@@ -81,12 +81,12 @@ def _soaked(rows: Rows) -> Iterator[Told]:
     for date in dict.fromkeys(row["date"] for row in rows):
         run = [row for row in rows if row["date"] == date]
         worst = max(error for row in run for error in row["errors"].values())
-        memory = run[0]["resident_mb"]
+        memories = [run[0][name] for name in ("resident_mb", "device_mb") if name in run[0]]
+        held = " and ".join(f"{memory['first']:.1f} to {memory['last']:.1f}" for memory in memories)
         yield (
-            f"{run[0]['tokens_now']:,} tokens of each of {len(run)} streams, to {run[0]['tokens']:,}; "
-            f"{run[0]['minutes']:.0f} minutes",
-            f"errors at most {worst:.1e}, allowed {run[0]['bound']:.3g}; "
-            f"{memory['first']:.1f} to {memory['last']:.1f} MB; {_failures(run)}",
+            f"{run[0]['tokens_now']:,} tokens of {', '.join(row['part'] for row in run)}, "
+            f"to {run[0]['tokens']:,}; {run[0]['minutes']:.0f} minutes",
+            f"errors at most {worst:.1e}, allowed {run[0]['bound']:.3g}; {held} MB; {_failures(run)}",
             run,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -144,12 +145,15 @@ def _occupy(begun: Any) -> None:
 
 
 def determinism(options: Options) -> bool:
-    """Every configuration so many times; a GPU is shared with other processes meanwhile."""
+    """Every configuration so many times; several at once and beside other processes where it is a GPU."""
     runs, named = options.count or RUNS, {each.name: each for each in CONFIGURATIONS}
+    on_gpu = options.device == "cuda"
+    jobs = options.jobs if on_gpu else 1
+    with neighbours(NEIGHBOURS if on_gpu else 0), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
 
-    def run(part: str) -> dict[str, object]:
-        found = repeated(named[part], options.device, runs)
-        return {"runs": runs, "threads": named[part].threads, "failures": found[:20]}
+        def run(part: str) -> dict[str, object]:
+            found = pool.submit(repeated, named[part], options.device, runs).result()
+            return {"runs": runs, "threads": named[part].threads, "failures": found[:20]}
 
-    with neighbours(NEIGHBOURS if options.device == "cuda" else 0):
-        return in_parts("determinism", [options.part] if options.part else named, run, options)
+        parts = [options.part] if options.part else [*named]
+        return in_parts("determinism", parts, run, options, at_once=jobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tests import fuzz_families
-from tests.reliability_parts import Options, Verdict, in_parts, judged_by_many, summary
+from tests.reliability_parts import Options, Verdict, in_parts, judges, summary
 from tests.row_families import DRAWS, LARGE, SECOND_LOOK, SMALL, Row, group, share
 
 # 15,360 rows in 60 parts; a group is compiled once for all its rows.
@@ -52,25 +52,31 @@ def rows(options: Options) -> bool:
     groups = -(-count // ROWS_A_GROUP)
     judge = partial(judge_group, device=options.device, rows=min(count, ROWS_A_GROUP))
 
-    def run(part: str) -> dict[str, object]:
-        mine = _mine(part, groups)
-        found = judged_by_many(judge, mine, options.device, options.jobs)
-        return {"groups": [mine.start, mine.stop], **summary(each for some in found for each in some)}
+    with judges(options.device, options.jobs) as judged:
 
-    return in_parts("rows", options.parts(-(-groups // GROUPS_A_PART)), run, options)
+        def run(part: str) -> dict[str, object]:
+            mine = _mine(part, groups)
+            found = judged(judge, mine)
+            return {"groups": [mine.start, mine.stop], **summary(each for some in found for each in some)}
+
+        # The next part begins where the last groups of one leave processes idle.
+        parts = options.parts(-(-groups // GROUPS_A_PART))
+        return in_parts("rows", parts, run, options, at_once=2)
 
 
 def fuzz(options: Options) -> bool:
     """Random cases on a CPU: streams cut anywhere, native sweeps, large inputs, interpreted kernels."""
     count = options.count or FUZZ
 
-    def run(part: str) -> dict[str, object]:
-        mine = _mine(part, count)
-        tasks = [mine[start : start + CASES_A_TASK] for start in range(0, len(mine), CASES_A_TASK)]
-        found = judged_by_many(judge_cases, tasks, "cpu", options.jobs)
-        return {"seeds": [mine.start, mine.stop], **summary(each for some in found for each in some)}
+    with judges("cpu", options.jobs) as judged:
 
-    return in_parts("fuzz", options.parts(-(-count // CASES_A_PART)), run, options)
+        def run(part: str) -> dict[str, object]:
+            mine = _mine(part, count)
+            tasks = [mine[start : start + CASES_A_TASK] for start in range(0, len(mine), CASES_A_TASK)]
+            found = judged(judge_cases, tasks)
+            return {"seeds": [mine.start, mine.stop], **summary(each for some in found for each in some)}
+
+        return in_parts("fuzz", options.parts(-(-count // CASES_A_PART)), run, options)
 
 
 def _mine(part: str, total: int) -> range:

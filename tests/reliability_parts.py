@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,16 +71,23 @@ def facts(device: str) -> dict[str, Any]:
     return {"device": gpu, **{key: found[key] for key in ("torch", "triton", "commit", "date")}}
 
 
-def judged_by_many(
-    judge: Callable[[Any], list[Verdict]], tasks: Iterable[Any], device: str, jobs: int
-) -> Iterator[list[Verdict]]:
-    """``judge`` of every task, by ``jobs`` processes; a task that raises is a failure of its own."""
+Judge = Callable[[Any], list[Verdict]]
+Judged = Callable[[Judge, Iterable[Any]], Iterator[list[Verdict]]]
+
+
+@contextmanager
+def judges(device: str, jobs: int) -> Iterator[Judged]:
+    """``jobs`` processes that judge tasks as ``judge(task)``; a task that raises is a failure of its own."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (device,)) as pool:
-        waiting: dict[Future[list[Verdict]], Any] = {pool.submit(judge, task): task for task in tasks}
-        for future, task in waiting.items():
-            error = future.exception()
-            told = f"{type(error).__name__}: {error}"
-            yield [Verdict(str(task), "broken", 0.0, 0, told)] if error else future.result()
+        yield partial(_judged, pool)
+
+
+def _judged(pool: Executor, judge: Judge, tasks: Iterable[Any]) -> Iterator[list[Verdict]]:
+    waiting: dict[Future[list[Verdict]], Any] = {pool.submit(judge, task): task for task in tasks}
+    for future, task in waiting.items():
+        error = future.exception()
+        told = f"{type(error).__name__}: {error}"
+        yield [Verdict(str(task), "broken", 0.0, 0, told)] if error else future.result()
 
 
 def summary(verdicts: Iterable[Verdict]) -> Result:
@@ -107,28 +116,52 @@ def in_parts(
     parts: Iterable[str],
     run: Callable[[str], Result],
     options: Options,
+    at_once: int = 1,
 ) -> bool:
-    """Run those of ``parts`` that ``suite``'s file lacks for this device, one after the other, in time.
+    """Run those of ``parts`` that ``suite``'s file lacks for this device, ``at_once`` of them, in time.
 
     A part is begun when the longest one so far would end in time. Returns whether all that it ran held.
     """
     results = RowFile(options.out / f"{suite}.jsonl")
-    began, longest, held = time.perf_counter(), 0.0, True
-    where, left = facts(options.device), 0
-    for part in parts:
-        identity = {"suite": suite, "part": part, "device": where["device"], "torch": where["torch"]}
-        done = results.find(identity)
-        if done is not None and not done.get("failures") and not options.part:
-            continue
-        spent = time.perf_counter() - began
-        if spent and longest and spent + longest > 60 * options.minutes:
+    where, began, longest = facts(options.device), time.perf_counter(), 0.0
+
+    def identity(part: str) -> Result:
+        return {"suite": suite, "part": part, "device": where["device"], "torch": where["torch"]}
+
+    def timed(part: str) -> Result | None:
+        nonlocal longest
+        start = time.perf_counter()
+        if longest and start - began + longest > 60 * options.minutes:
+            return None
+        row = run(part)
+        took = time.perf_counter() - start
+        longest = max(longest, took)
+        return {**identity(part), **row, "seconds": round(took, 1), **where}
+
+    def done(part: str) -> bool:
+        row = results.find(identity(part))
+        return row is not None and not row.get("failures") and not options.part
+
+    left, held = 0, True
+    for row in _side_by_side(timed, [part for part in parts if not done(part)], at_once):
+        if row is None:
             left += 1
             continue
-        start = time.perf_counter()
-        row = run(part)
-        longest = max(longest, time.perf_counter() - start)
-        results.append({**identity, **row, "seconds": round(time.perf_counter() - start, 1), **where})
-        print(f"{suite} {part}: {shown(row)}", flush=True)
+        results.append(row)
+        print(f"{suite} {row['part']}: {shown(row)}", flush=True)
         held &= not row.get("failures")
     print(f"{suite}: {left} parts left; say it again to go on" if left else f"{suite}: all parts are done")
     return held
+
+
+def _side_by_side(
+    run: Callable[[str], Result | None], parts: list[str], at_once: int
+) -> Iterator[Result | None]:
+    """What ``run`` makes of each part, as they end; once one raises, no other is begun."""
+    with ThreadPoolExecutor(at_once) as threads:
+        running = [threads.submit(run, part) for part in parts]
+        try:
+            for future in as_completed(running):
+                yield future.result()
+        finally:
+            threads.shutdown(cancel_futures=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from newllm.evaluation.rows import RowFile
-from tests.reliability_parts import Options, in_parts, judged_by_many
+from tests.reliability_parts import Options, in_parts, judges
 from tests.row_families import DTYPES, FAMILIES, Row, Sizes, judged_gradients
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -205,7 +205,8 @@ def sanitize(options: Options) -> bool:
         raise FileNotFoundError("compute-sanitizer is not on the path; the CUDA toolkit has it")
     # Triton compiles on the host, slowly under a tool; its cache serves all of them.
     shares = [f"{number}/{4 * PARTS}" for number in range(1, 4 * PARTS + 1)]
-    broken = [each for some in judged_by_many(_compile, shares, "cuda", options.jobs) for each in some]
+    with judges("cuda", options.jobs) as judged:
+        broken = [each for some in judged(_compile, shares) for each in some]
     if broken:
         raise RuntimeError(f"rows fail without any tool: {broken}")
 
@@ -225,7 +226,7 @@ def sanitize(options: Options) -> bool:
         failures = [] if done.returncode == 0 else [status, *said[:40], done.stderr[-500:]]
         return {"rows": len(_mine(part)), "kernels": found, "said": said[-1:], "failures": failures}
 
-    held = in_parts("sanitizer", [f"{tool} {part}" for tool, part in parts], run, options)
+    held = in_parts("sanitizer", [f"{tool} {part}" for tool, part in parts], run, options, options.jobs)
     done = RowFile(options.out / "sanitizer.jsonl").rows
     for tool in TOOLS:
         seen = {name for row in done if row["part"].startswith(tool) for name in row["kernels"]}

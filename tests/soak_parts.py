@@ -11,7 +11,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,20 +26,33 @@ from tests.tiny_models import SIZES, VOCABULARY, tiny_senri
 SESSIONS = 10_000
 # Memory is flat if its last quarter's median is no larger than the first quarter's by this share.
 FLAT = 0.01
-# Tokens that are read before anything is measured, and between two measurements.
-WARM, STEP = 4096, 2048
-_SENRI = {**SIZES, "num_hidden_layers": 2, "memory_layers": [0, 1], "sliding_window": 64, "segment": 32}
+_SENRI = {**SIZES, "num_hidden_layers": 2, "memory_layers": [0, 1]}
 
 
-def _context() -> Any:
+class Scale(NamedTuple):
+    """Tokens read before anything is measured, tokens between two measurements, sizes of Senri."""
+
+    warm: int
+    step: int
+    senri: dict[str, Any]
+
+
+# The narrowest heads that the kernels have, in passes and segments that keep a GPU busy.
+SCALES = {
+    "cpu": Scale(4096, 2048, {**_SENRI, "sliding_window": 64, "segment": 32}),
+    "cuda": Scale(65536, 65536, {**_SENRI, "hidden_size": 64, "sliding_window": 512, "segment": 256}),
+}
+
+
+def _context(scale: Scale) -> Any:
     """A gated context model that forgets: with little weight on its context it does not become chaotic."""
     config = ContextLMConfig(vocab_size=VOCABULARY, embed_dim=32, context_dim=32, hidden_dim=48)
     return ContextLMForCausalLM(config).eval()
 
 
-STREAMS: dict[str, Callable[[], Any]] = {
-    "linear": lambda: tiny_senri(**_SENRI),
-    "delta": lambda: tiny_senri(**_SENRI, rule="delta"),
+STREAMS: dict[str, Callable[[Scale], Any]] = {
+    "linear": lambda scale: tiny_senri(**scale.senri),
+    "delta": lambda scale: tiny_senri(**scale.senri, rule="delta"),
     "context": _context,
 }
 
@@ -49,7 +62,7 @@ class Twins:
 
     def __init__(self, name: str, device: str, folder: Path, resume: bool) -> None:
         torch.manual_seed(0)
-        model = STREAMS[name]().to(device)
+        model = STREAMS[name](SCALES[device]).to(device)
         self.name, self.files = name, [folder / f"{name}-{kind}.safetensors" for kind in ("stream", "exact")]
         self.sessions = [Session(model), Session(copy.deepcopy(model).double())]
         if resume and all(file.exists() for file in self.files):
@@ -91,17 +104,17 @@ def _floats(snapshot: Snapshot) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class Seen:
-    """What was measured of a stream, in memory that does not grow with it."""
+    """What was measured of a stream, in memory that does not grow with it; ``device``: bytes of a GPU."""
 
     def __init__(self, room: int = 2**20) -> None:
-        self.resident = array("q", bytes(8 * room))
+        self.resident, self.device = (array("q", bytes(8 * room)) for _ in range(2))
         self.steps = 0
         self.most: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
-    def note(self, resident: int, error: dict[str, float]) -> None:
-        """After a step: resident bytes and the errors of the state."""
-        self.resident[self.steps] = resident
+    def note(self, resident: int, error: dict[str, float], device: int = 0) -> None:
+        """After a step: bytes of both memories and the errors of the state."""
+        self.resident[self.steps], self.device[self.steps] = resident, device
         self.steps += 1
         self.last = error
         self.most = {name: max(each, self.most.get(name, 0.0)) for name, each in error.items()}
@@ -117,21 +130,23 @@ def soak(options: Options) -> bool:
     folder = options.out.parent.parent / "runs" / "soak"
     if options.resume:
         folder.mkdir(parents=True, exist_ok=True)
-    if options.device == "cpu":
+    scale, on_gpu = SCALES[options.device], options.device == "cuda"
+    if not on_gpu:
         torch.set_num_threads(1)
     chosen = [options.part] if options.part else [*STREAMS]
     twins = [Twins(name, options.device, folder, options.resume) for name in chosen]
     before, began = [each.tokens for each in twins], time.perf_counter()
     for each in twins:
-        each.read(WARM)
+        each.read(scale.warm)
     seen = {each.name: Seen() for each in twins}
     while not all(each.steps for each in seen.values()) or time.perf_counter() - began < 60 * options.minutes:
         going = [each for each in twins if options.count is None or each.tokens < options.count]
         if not going:
             break
         for each in going:
-            each.read(STEP)
-            seen[each.name].note(resident_bytes(), each.error())
+            each.read(scale.step)
+            held_there = torch.cuda.memory_allocated() if on_gpu else 0
+            seen[each.name].note(resident_bytes(), each.error(), held_there)
     held, seconds = True, time.perf_counter() - began
     for each, start in zip(twins, before, strict=True):
         each.save()
@@ -145,14 +160,14 @@ def soak(options: Options) -> bool:
 
 def _measured(twins: Twins, start: int, seen: Seen) -> dict[str, Any]:
     """A row of a stream: memory in the first and in the last quarter, the state's error, what is wrong."""
-    resident = seen.resident[: seen.steps]
-    quarter = max(1, seen.steps // 4)
-    first, last = statistics.median(resident[:quarter]), statistics.median(resident[-quarter:])
-    tokens = twins.tokens - start
-    errors = seen.most
-    failures = []
-    if last - first >= FLAT * first:
-        failures.append(f"memory grew by {last - first:.0f} bytes in {tokens} tokens")
+    tokens, errors = twins.tokens - start, seen.most
+    memories = {"resident": seen.resident, "device": seen.device}
+    quarters = {name: _quarters(each[: seen.steps]) for name, each in memories.items() if any(each)}
+    failures = [
+        f"{name} memory grew by {last - first:.0f} bytes in {tokens} tokens"
+        for name, (first, last) in quarters.items()
+        if last - first >= FLAT * first
+    ]
     failures += [
         f"{name} is off by {error:.3g}, at most {bound(twins.tokens):.3g}"
         for name, error in errors.items()
@@ -162,12 +177,21 @@ def _measured(twins: Twins, start: int, seen: Seen) -> dict[str, Any]:
         "tokens": twins.tokens,
         "tokens_now": tokens,
         "state_bytes": twins.sessions[0].state_bytes,
-        "resident_mb": {"first": round(first / 1e6, 2), "last": round(last / 1e6, 2)},
+        **{
+            f"{name}_mb": {"first": round(first / 1e6, 2), "last": round(last / 1e6, 2)}
+            for name, (first, last) in quarters.items()
+        },
         "errors": {name: float(f"{error:.3g}") for name, error in errors.items()},
         "last_errors": {name: float(f"{error:.3g}") for name, error in seen.last.items()},
         "bound": float(f"{bound(twins.tokens):.3g}"),
         "failures": failures,
     }
+
+
+def _quarters(steps: array[int]) -> tuple[float, float]:
+    """The medians of the first and of the last quarter."""
+    quarter = max(1, len(steps) // 4)
+    return statistics.median(steps[:quarter]), statistics.median(steps[-quarter:])
 
 
 def opened_and_closed(count: int, device: str, samples: int = 10) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from newllm.testing import CASES
 from tests import number_parts
 from tests.fuzz_families import KINDS, cut, drawn
 from tests.number_parts import CASES_A_PART, FUZZ, judge_case, look
-from tests.reliability_parts import Options, Verdict, in_parts, judged_by_many, summary
+from tests.reliability_parts import Options, Verdict, in_parts, judges, summary
 from tests.row_families import FAMILIES, LARGE, SMALL, TURNS, Row, Sizes, group, huge
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -125,6 +126,32 @@ def test_parts_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert {"device", "torch", "triton", "commit", "date", "seconds"} <= rows[0].keys()
 
 
+def test_parts_side_by_side_are_all_written(tmp_path: Path) -> None:
+    together = threading.Barrier(2)
+
+    def run(part: str) -> dict[str, Any]:
+        together.wait(60)
+        return {"failures": []}
+
+    options = _parts(tmp_path)
+    assert in_parts("trial", options.parts(4), run, options, at_once=2)
+    rows = [json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()]
+    assert sorted(row["part"] for row in rows) == options.parts(4)
+
+
+def test_after_a_part_that_raises_none_is_begun(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def run(part: str) -> dict[str, Any]:
+        ran.append(part)
+        raise RuntimeError("no such tool")
+
+    options = _parts(tmp_path)
+    with pytest.raises(RuntimeError, match="no such tool"):
+        in_parts("trial", options.parts(9), run, options)
+    assert len(ran) < 9
+
+
 def test_no_part_is_begun_that_would_end_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = _parts(tmp_path, minutes=0.0)
     assert in_parts("trial", options.parts(3), lambda part: {"failures": []}, options)
@@ -132,7 +159,8 @@ def test_no_part_is_begun_that_would_end_late(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_worker_that_raises_is_a_failure(tmp_path: Path) -> None:
-    (found,) = judged_by_many(_raises, ["a task"], "cpu", 1)
+    with judges("cpu", 1) as judged:
+        (found,) = judged(_raises, ["a task"])
     assert found == [Verdict("a task", "broken", 0.0, 0, "ZeroDivisionError: division by zero")]
     told = summary([*found, Verdict("a row", "layer", 0.5, 2)])
     assert told["failures"] == ["a task: ZeroDivisionError: division by zero"]

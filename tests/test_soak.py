@@ -46,7 +46,17 @@ def test_memory_that_grows_is_reported(tmp_path: Path) -> None:
     twins = Twins("linear", "cpu", tmp_path, resume=False)
     twins.read(100)
     seen = noted((1_000_000, 0.0), (int(1_000_000 * (1 + FLAT)), 0.0))
-    assert _measured(twins, 0, seen)["failures"] == ["memory grew by 10000 bytes in 100 tokens"]
+    assert _measured(twins, 0, seen)["failures"] == ["resident memory grew by 10000 bytes in 100 tokens"]
+
+
+def test_memory_of_a_device_is_watched_too(tmp_path: Path) -> None:
+    twins = Twins("linear", "cpu", tmp_path, resume=False)
+    twins.read(100)
+    seen = noted((1_000_000, 0.0), (1_000_000, 0.0))
+    seen.device[0], seen.device[1] = 5000, 6000
+    row = _measured(twins, 0, seen)
+    assert row["failures"] == ["device memory grew by 1000 bytes in 100 tokens"]
+    assert row["device_mb"] == {"first": 0.01, "last": 0.01}
 
 
 def test_a_part_leaves_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
