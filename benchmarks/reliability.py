@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--resume", action="store_true", help="go on where the last call stopped (soak)")
     parser.add_argument("-k", help="tests of crashes, input and versions, as pytest's -k selects them")
+    parser.add_argument("--commit", help="of a checkout without its history")
     known, others = parser.parse_known_args()
     if known.device == "cpu":
         # Read when a kernel's file is first imported, here and in the processes that this one starts.

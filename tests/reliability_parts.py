@@ -32,6 +32,7 @@ class Options(NamedTuple):
     out: Path
     resume: bool = False
     k: str | None = None
+    commit: str | None = None
     arguments: tuple[str, ...] = ()
 
     def parts(self, total: int) -> list[str]:
@@ -63,11 +64,13 @@ def prepare(device: str) -> None:
             backend.FUSED[op] = devices | {"cpu"}
 
 
-def facts(device: str) -> dict[str, Any]:
+def facts(options: Options) -> dict[str, Any]:
     """What every result says of where it comes from."""
     found = provenance(0)
+    if options.commit:
+        found["commit"] = options.commit
     names = [str(each) for each in backend.devices()]
-    gpu = torch.cuda.get_device_name(0) if device == "cuda" and len(names) > 1 else "cpu"
+    gpu = torch.cuda.get_device_name(0) if options.device == "cuda" and len(names) > 1 else "cpu"
     return {"device": gpu, **{key: found[key] for key in ("torch", "triton", "commit", "date")}}
 
 
@@ -123,7 +126,7 @@ def in_parts(
     A part is begun when the longest one so far would end in time. Returns whether all that it ran held.
     """
     results = RowFile(options.out / f"{suite}.jsonl")
-    where, began, longest = facts(options.device), time.perf_counter(), 0.0
+    where, began, longest = facts(options), time.perf_counter(), 0.0
 
     def identity(part: str) -> Result:
         return {"suite": suite, "part": part, "device": where["device"], "torch": where["torch"]}

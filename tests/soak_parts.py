@@ -235,5 +235,5 @@ def sessions(options: Options) -> bool:
 
 
 def _append(options: Options, suite: str, row: dict[str, Any]) -> None:
-    RowFile(options.out / f"{suite}.jsonl").append({"suite": suite, **row, **facts(options.device)})
+    RowFile(options.out / f"{suite}.jsonl").append({"suite": suite, **row, **facts(options)})
     print(json.dumps(row), flush=True)
