@@ -95,6 +95,15 @@ def features_slope(feature):
     return tl.minimum(feature, 1.0)
 
 
+@triton.jit
+def novelty(f, z, eps, K: tl.constexpr, BK: tl.constexpr):
+    """ARMT's gamma ``[BT]``: the share of features ``f [BT, BK]`` that the norm ``z [BK]`` lacks, 0 to 1."""
+    if K < BK:
+        f = tl.where(tl.arange(0, BK)[None, :] < K, f, 0.0)
+    overlap = tl.sum(f * z[None, :], 1) / tl.maximum(tl.sum(f * f, 1), eps)
+    return tl.maximum(1 - overlap, 0.0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """PRECISION of the products of float32 operands in a kernel whose inputs are ``dtype``.
 

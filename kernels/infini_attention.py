@@ -14,7 +14,7 @@ from newllm.kernels.attention_forward import attend
 from newllm.kernels.attention_layout import Attention, Recall, Rope, learned
 from newllm.kernels.attention_tiles import rows_contiguous
 from newllm.kernels.common import memory_dtype
-from newllm.kernels.memory import Correction, Outgoing, weight_gradient, write, write_backward
+from newllm.kernels.memory import Outgoing, correction, weight_gradient, write, write_backward
 from newllm.kernels.memory_fold_backward import Gradients, fold_backward
 from newllm.kernels.memory_layout import Layout
 from newllm.kernels.memory_scan import Chain
@@ -104,7 +104,7 @@ def forward(x: Inputs, call: Call) -> tuple[Tensor, Tensor, Chain | None]:
     scale, bias = learned(x.scale, x.bias)
     written = write(
         *x.new(), x.memory(call), scale, bias, matrix=x.matrix, norm=x.norm, weight=x.weight,
-        delta=_correction(call), states=memory_dtype(x.q.dtype),
+        delta=correction(call.rule, call.eps), states=memory_dtype(x.q.dtype),
     )  # fmt: skip
     return *read(x, call, measured_keys(x.k, x.rope), written.before, written.norms), written
 
@@ -163,7 +163,7 @@ def backward(
     if x.beta is None:
         return found.inputs
     assert saved.before is not None
-    k, delta = x.new()[0], _correction(call)
+    k, delta = x.new()[0], correction(call.rule, call.eps)
     gradients = write_backward(
         k, x.memory(call), saved.before.shape, Outgoing(begun.before, begun.norms, dmatrix, dnorm),
         *learned(x.scale, x.bias), before=saved.before, norms=saved.norms, delta=delta, reach=call.reach,
@@ -207,13 +207,13 @@ def through_memory(
 ) -> Slopes:
     """``found`` with what reaches keys, values and the rest through the memory; adds to keys' and values'.
 
-    ``gradients`` are those of the memory after each segment, ``norms`` stood before it (delta rule only).
+    ``gradients`` are those of the memory after each segment, ``norms`` stood before it (None: linear rule).
     """
     scale, bias = learned(x.scale, x.bias)
     layout, (k, v), slopes = x.memory(call), x.new(), found.inputs
     told = fold_backward(
         k, v, gradients, layout, scale, bias,
-        weight=x.weight, norms=norms, eps=call.eps, onto=(slopes.k, slopes.v),
+        weight=x.weight, norms=norms, eps=call.eps, novel=call.rule == "gamma", onto=(slopes.k, slopes.v),
     )  # fmt: skip
     dscale, dbias = told.scale, told.bias
     if found.asked is not None and dscale is not None and dbias is not None:
@@ -225,10 +225,6 @@ def through_memory(
         bias=dbias,
         weight=weight_gradient(k, v, gradients, layout, scale, bias) if weighed else None,
     )
-
-
-def _correction(call: Call) -> Correction | None:
-    return Correction(eps=call.eps) if call.rule == "delta" else None
 
 
 def _share(beta: Tensor, gate: str) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm.kernels.attention_tiles import softmax_weights
-from newllm.kernels.common import LOG2E, dot, features, padded, wait_for_previous_kernel
+from newllm.kernels.common import LOG2E, dot, features, novelty, padded, wait_for_previous_kernel
 from newllm.kernels.tiles import dependent_launch, tiles_of
 
 # Most of a split's keys or values: more would not fit the registers.
@@ -115,7 +115,7 @@ def _remember(
     q, k, v, keys, values, matrix, norm, feature_scale, feature_bias, recalled, after, position, block,
     q_h, keys_r, values_r, matrix_k, eps,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, NOVEL: tl.constexpr, PRECISION: tl.constexpr,
     BG: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """What a group recalls from BM columns of its memory, and a finished segment written into them."""
@@ -169,6 +169,8 @@ def _remember(
                 weight = tl.maximum(tl.sum(feature * total[None, :], 1), eps)
                 value -= dot(feature, memory, None, PRECISION) / weight[:, None]
             change = dot(tl.trans(feature.to(dtype)), value.to(dtype), change, PRECISION)
+            if NOVEL:
+                feature *= novelty(feature, total, eps, K, BK)[:, None]
             added += tl.sum(feature, 0)
         tl.store(cells, memory + change, mask=deep[:, None] & wide[None, :])
         tl.store(after + row, total + added, mask=first)
@@ -184,8 +186,9 @@ def _infini_decode_split_kernel(
     matrix_b, matrix_h, matrix_k, norm_b, norm_h, position_b, active_b, cos_b, cos_n, sin_b, sin_n,
     HKV, rope_rows, eps,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    SPLITS: tl.constexpr, LOCAL: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SPLITS: tl.constexpr, LOCAL: tl.constexpr, DELTA: tl.constexpr, NOVEL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BG: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """A program for each split and each block of memory columns of each row and key/value head."""
@@ -223,7 +226,7 @@ def _infini_decode_split_kernel(
                 None if feature_bias is None else feature_bias + h,
                 recalled + group * (G * V), after + group * K, count, part - SPLITS,
                 q_h, keys_r, values_r, matrix_k, eps,
-                G, K, V, R, S, DELTA, PRECISION, BG, BK, BM, BS,
+                G, K, V, R, S, DELTA, NOVEL, PRECISION, BG, BK, BM, BS,
             )  # fmt: skip
 
 
@@ -311,7 +314,7 @@ def infini_decode(
     local: bool,
     segment: int,
     tanh: bool,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> Tensor:
     """One token ``[B, H, 1, K]``, ``[B, HKV, 1, K]``, ``[B, HKV, 1, V]`` a row -> ``[B, H, 1, V]``.
@@ -347,7 +350,8 @@ def infini_decode(
         *_strides(matrix, 3), *_strides(norm, 2), *_strides(position, 1), *_strides(active, 1),
         *_rope_strides(cos), *_rope_strides(sin),
         kv_heads, 0 if cos is None else cos.shape[-2], eps,
-        G=group, K=key, V=value, R=ring, S=segment, SPLITS=splits, LOCAL=local, DELTA=delta,
+        G=group, K=key, V=value, R=ring, S=segment, SPLITS=splits, LOCAL=local,
+        DELTA=rule != "linear", NOVEL=rule == "gamma",
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
         BG=padded(group), BH=padded((key + 1) // 2), BK=padded(key), BV=padded(value),
         **tiles, **dependent_launch(q.device),

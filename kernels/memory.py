@@ -11,6 +11,7 @@ from newllm.kernels.memory_curvature import curvature, norm_gradients
 from newllm.kernels.memory_fold import fold, fold_correction
 from newllm.kernels.memory_fold_backward import Gradients
 from newllm.kernels.memory_layout import Layout
+from newllm.kernels.memory_norms import scan_novel_norms
 from newllm.kernels.memory_scan import (
     Chain,
     scan,
@@ -22,10 +23,19 @@ from newllm.kernels.memory_scan import (
 
 
 class Correction(NamedTuple):
-    """What the delta rule needs beside keys and values: the guard ``[B, N]`` (None: 1) and eps."""
+    """What the delta rule needs beside keys and values: the guard ``[B, N]`` (None: 1) and eps.
+
+    ``novel`` makes it gamma: a segment adds to the norm what that lacks.
+    """
 
     factor: Tensor | None = None
     eps: float = 1e-6
+    novel: bool = False
+
+
+def correction(rule: str, eps: float, factor: Tensor | None = None) -> Correction | None:
+    """The correction of a rule by name, None of the linear one."""
+    return None if rule == "linear" else Correction(factor, eps, rule == "gamma")
 
 
 class Outgoing(NamedTuple):
@@ -59,7 +69,10 @@ def write(
     added, added_norm = fold(k, v, layout, scale, bias)
     if delta is None:
         return scan(added, added_norm, matrix, norm, weight=weight, states=states)
-    norms, last_norm = scan_norms(added_norm.shape, added_norm, norm)
+    if delta.novel:
+        norms, last_norm = scan_novel_norms(k, layout, scale, bias, norm=norm, eps=delta.eps)
+    else:
+        norms, last_norm = scan_norms(added_norm.shape, added_norm, norm)
     corrections = fold_correction(k, norms, layout, scale, bias, factor=delta.factor, eps=delta.eps)
     before, last = scan_delta(added.shape, corrections, added, matrix, states=states, inputs=k.dtype)
     return Chain(before, norms, last, last_norm)

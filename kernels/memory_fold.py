@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, padded, precision, start_next_kernel
+from newllm.kernels.common import cast, dot, features, novelty, padded, precision, start_next_kernel
 from newllm.kernels.memory_layout import (
     Layout,
     contiguous,
@@ -28,10 +28,13 @@ def state_precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _fold_tokens(
-    k, v, lo, hi, stride_k, stride_v, v0, a, c, added, sums,
+    k, v, lo, hi, stride_k, stride_v, v0, a, c, z, eps, added, sums,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Add tokens lo .. hi - 1 to ``added [BK, BV]``, and their features to ``sums [BT, BK]``."""
+    """Add tokens lo .. hi - 1 to ``added [BK, BV]``, and their features to ``sums [BT, BK]``.
+
+    Of the features only what the norm ``z [BK]`` lacks, unless it is None.
+    """
     rows = tl.arange(0, BT)
     for i in tl.range(0, tl.cdiv(hi - lo, BT)):
         t0 = lo + i * BT
@@ -41,15 +44,15 @@ def _fold_tokens(
         values = load_tokens(v, t0, hi, stride_v, v0, V, BT, BV)
         f = tl.where(rows[:, None] < hi - t0, features(x, a, c), 0.0)
         # Sums side by side, added up as a tree afterwards: as exact as the reference's, no reduction here.
-        sums += f
+        sums += f if z is None else f * novelty(f, z, eps, K, BK)[:, None]
         added = dot(tl.trans(cast(f, values.dtype)), values, added, PRECISION="ieee")
     return added, sums
 
 
 @triton.jit
 def _memory_fold_forward_kernel(
-    k, v, past_k, past_v, scale, bias, position, length, added, added_norm,
-    k_b, k_h, k_t, v_b, v_h, v_t, HKV, T, N, S, P,
+    k, v, past_k, past_v, scale, bias, position, length, norms, added, added_norm, eps,
+    k_b, k_h, k_t, v_b, v_h, v_t, n_b, n_h, n_j, HKV, T, N, S, P,
     K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr, PDL: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -64,29 +67,43 @@ def _memory_fold_forward_kernel(
     lo, hi = segment_bounds(position, length, b, j, S, T, PARTIAL)
     a = 1.0 if scale is None else tl.load(scale + h).to(tl.float32)
     c = 0.0 if bias is None else tl.load(bias + h).to(tl.float32)
+    columns = tl.arange(0, BK)
+    z = norms
+    if norms is not None:
+        # [BK]
+        z = tl.load(norms + b * n_b + h * n_h + j * n_j + columns, columns < K, other=0.0)
     matrix = tl.zeros((BK, BV), tl.float32)
     sums = tl.zeros((BT, BK), tl.float32)
     if past_k is not None:
         old_k, old_v = past_k + (head * P + P) * K, past_v + (head * P + P) * V
         matrix, sums = _fold_tokens(
-            old_k, old_v, lo, tl.minimum(hi, 0), K, V, v0, a, c, matrix, sums, K, V, BT, BK, BV
+            old_k, old_v, lo, tl.minimum(hi, 0), K, V, v0, a, c, z, eps, matrix, sums, K, V, BT, BK, BV
         )
         lo = tl.maximum(lo, 0)
     new_k, new_v = k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    matrix, sums = _fold_tokens(new_k, new_v, lo, hi, k_t, v_t, v0, a, c, matrix, sums, K, V, BT, BK, BV)
+    matrix, sums = _fold_tokens(
+        new_k, new_v, lo, hi, k_t, v_t, v0, a, c, z, eps, matrix, sums, K, V, BT, BK, BV
+    )
     store_matrix(added + segment * K * V, matrix, 0, v0, K, V, BK, BV)
     if v0 == 0:
-        columns = tl.arange(0, BK)
         tl.store(added_norm + segment * K + columns, tl.sum(sums, 0), columns < K)
 
 
 def fold(
-    k: Tensor, v: Tensor, layout: Layout, scale: Tensor | None = None, bias: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norms: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """What each segment adds: ``sigma(K)^T V [B, HKV, N, K, V]`` and the sum of sigma(K) ``[B, HKV, N, K]``.
 
-    ``k [B, HKV, T, K]``, ``v [B, HKV, T, V]``; ``scale``, ``bias`` ``[HKV]``. Float32, and zeros for
-    segments that are not written.
+    ``k [B, HKV, T, K]``, ``v [B, HKV, T, V]``; ``scale``, ``bias`` ``[HKV]``. Given the ``norms`` before each
+    segment, ``[B, HKV, N, K]`` (any strides but the last), the sum is of what they lack. Float32, and zeros
+    for segments that are not written.
     """
     batch, heads, tokens, width = k.shape
     columns, count = v.shape[3], layout.count(tokens)
@@ -99,8 +116,9 @@ def fold(
     grid = (batch * heads * count * -(-columns // sizes["BV"]),)
     past_k, past_v, past = past_tokens(layout)
     _memory_fold_forward_kernel[grid](
-        k, v, past_k, past_v, scale, bias, layout.position, layout.length, added, norm,
-        *k.stride()[:3], *v.stride()[:3], heads, tokens, count, layout.segment, past,
+        k, v, past_k, past_v, scale, bias, layout.position, layout.length, norms, added, norm, eps,
+        *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if norms is None else norms.stride()[:3]),
+        heads, tokens, count, layout.segment, past,
         K=width, V=columns, PARTIAL=layout.partial, PDL=dependent_launch(k.device)["PDL"],
         BK=padded(width), **sizes,
     )  # fmt: skip

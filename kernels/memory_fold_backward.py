@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.kernels.common import cast, dot, features, features_slope, memory_dtype, padded, product_types
+from newllm.kernels.common import (
+    cast,
+    dot,
+    features,
+    features_slope,
+    memory_dtype,
+    novelty,
+    padded,
+    product_types,
+)
 from newllm.kernels.memory_fold import state_precision
 from newllm.kernels.memory_layout import (
     Layout,
@@ -115,6 +124,7 @@ def _backward_tokens(
     dscale, dbias, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr, ADD: tl.constexpr,
+    NOVEL: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of tokens lo .. end - 1, zeros from hi on; add to those of scale, bias ``[BT]``."""
     parts: tl.constexpr = (V + BV - 1) // BV
@@ -125,6 +135,8 @@ def _backward_tokens(
         x = load_tokens(k, t0, hi, k_t, 0, K, BT, BK)
         f = tl.where(rows[:, None] < tl.minimum(hi, end) - t0, features(x, a, c), 0.0)
         df = tl.zeros((BT, BK), tl.float32) + gz[None, :]
+        if NOVEL:
+            df *= novelty(f, z, eps, K, BK)[:, None]
         g = first
         for part in tl.range(0, parts):
             if parts > 1:
@@ -170,7 +182,7 @@ def _memory_fold_backward_kernel(
     HKV, T, N, S, P, ROWS, FIRST, PAST_ROWS,
     K: tl.constexpr, V: tl.constexpr, PARTIAL: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATES: tl.constexpr, NOVEL: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradients of CHUNK tokens of one segment of one head."""
     chunks = tl.cdiv(S, CHUNK)
@@ -206,14 +218,14 @@ def _memory_fold_backward_kernel(
             past_k + row * K, past_v + row * V, dpast_k + place * K, dpast_v + place * V,
             lo, tl.minimum(hi, 0), tl.minimum(end, 0), K, V, gradient, curvature,
             first, whole, gz, z, w, factor, eps, a, c,
-            scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD,
+            scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD, NOVEL,
         )  # fmt: skip
         lo = tl.maximum(lo, 0)
     place = head * ROWS + FIRST
     scales, biases = _backward_tokens(
         k + b * k_b + h * k_h, v + b * v_b + h * v_h, dk + place * K, dv + place * V, lo, hi,
         end, k_t, v_t, gradient, curvature, first, whole, gz, z, w, factor, eps, a, c,
-        scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD,
+        scales, biases, K, V, BT, BK, BV, DTYPE, PRECISION, STATES, ADD, NOVEL,
     )  # fmt: skip
     if dscale is not None:
         tl.store(dscale + pid, tl.sum(scales, 0))
@@ -233,13 +245,15 @@ def fold_backward(
     norms: Tensor | None = None,
     factor: Tensor | None = None,
     eps: float = 1e-6,
+    novel: bool = False,
     onto: tuple[Tensor, Tensor] | None = None,
 ) -> TokenGradients:
     """Gradients of all that ``fold`` and, given a curvature, ``fold_correction`` read; zeros if not written.
 
     ``weight [B, N]`` multiplied what the segments added; ``norms``, ``factor`` and ``eps`` are those of
-    ``fold_correction``. Matrices, norms and their gradients may be expanded along the segments. ``onto``
-    are contiguous gradients ``[B, HKV, P + T, ...]`` of all keys and values, to which these are added.
+    ``fold_correction``; ``novel``: the sums of sigma(K) were of what ``norms`` lacked. Matrices, norms and
+    their gradients may be expanded along the segments. ``onto`` are contiguous gradients
+    ``[B, HKV, P + T, ...]`` of all keys and values, to which these are added.
     """
     batch, heads, tokens, width = k.shape
     columns, count = v.shape[3], layout.count(tokens)
@@ -274,7 +288,7 @@ def fold_backward(
         *gradients.matrix.stride()[:3], *curvature.stride()[:3], *z.stride()[:3],
         heads, tokens, count, layout.segment, past, rows, first, past_rows,
         K=width, V=columns, PARTIAL=layout.partial, CHUNK=CHUNK, ADD=onto is not None, BK=padded(width),
-        **product_types(k.dtype), STATES=state_precision(k.dtype), **sizes,
+        **product_types(k.dtype), STATES=state_precision(k.dtype), NOVEL=novel, **sizes,
     )  # fmt: skip
     dscale, dbias = (None if x is None else x.sum((0, 2)) for x in (dscale, dbias))
     return TokenGradients(dk, dv, dpast_k, dpast_v, dscale, dbias)

@@ -77,12 +77,25 @@ def even_chunk(tokens: int, heads: int, programs: int) -> int:
 @triton.jit
 def segment_bounds(position, length, b, j, S, T, PARTIAL: tl.constexpr):
     """First token of segment j of row b, and the end of what is written of it (the first, if nothing is)."""
-    lo = (j * S).to(tl.int32)
-    end = T
+    phase, end = row_bounds(position, length, b, S, T)
+    return bounds_in_row(j, phase, end, S, PARTIAL)
+
+
+@triton.jit
+def row_bounds(position, length, b, S, T):
+    """How many tokens row b's first segment begins before the call, and the end of the row's tokens."""
+    phase, end = 0, T
     if position is not None:
-        lo -= (tl.load(position + b) % S).to(tl.int32)
+        phase = (tl.load(position + b) % S).to(tl.int32)
     if length is not None:
         end = tl.load(length + b).to(tl.int32)
+    return phase, end
+
+
+@triton.jit
+def bounds_in_row(j, phase, end, S, PARTIAL: tl.constexpr):
+    """``segment_bounds`` of segment j in a row with these ``row_bounds``."""
+    lo = tl.cast(j * S, tl.int32) - phase
     hi = tl.minimum(lo + S, end)
     if not PARTIAL:
         hi = tl.where(lo + S <= end, hi, lo)

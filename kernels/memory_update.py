@@ -32,13 +32,16 @@ def update(
     ``delta`` has one column.
     """
     parts = _parts(k, length)
-    weight = _along(share, parts.count(k.shape[2]))
-    added, added_norm = fold(k, v, parts, scale, bias)
+    count = parts.count(k.shape[2])
+    weight = _along(share, count)
     if delta is None or matrix is None or norm is None:
+        added, added_norm = fold(k, v, parts, scale, bias)
         total = scan(added, added_norm, matrix, norm, weight=weight, states=None, double=True)
         return total.matrix, total.norm
+    norms = _repeat(norm.contiguous()[:, :, None], count)
+    added, added_norm = fold(k, v, parts, scale, bias, norms=norms if delta.novel else None, eps=delta.eps)
     total = scan(added, added_norm, None, norm, weight=weight, states=None, double=True)
-    correction = _correction(k, norm, parts, scale, bias, share, delta)
+    correction = _correction(k, norms, parts, scale, bias, share, delta)
     whole = total.matrix[:, :, None]
     _, last = scan_delta(whole.shape, correction, whole, matrix, states=None, inputs=k.dtype)
     return last, total.norm
@@ -72,18 +75,19 @@ def update_backward(
     if delta is None or matrix is None or norm is None:
         gradients = Gradients(*(_repeat(x, count) for x in after), dmatrix, dnorm)
         return fold_backward(k, v, gradients, parts, scale, bias, weight=weight), dmatrix, dnorm
-    correction = _correction(k, norm, parts, scale, bias, share, delta)
+    norms = _repeat(norm.contiguous()[:, :, None], count)
+    correction = _correction(k, norms, parts, scale, bias, share, delta)
     _, initial = scan_delta(
         after[0].shape, correction, None, dmatrix, states=None, reverse=True, inputs=k.dtype
     )
     curvatures = _repeat(curvature(after[0], matrix.contiguous()[:, :, None], k.dtype), count)
-    norms = _repeat(norm.contiguous()[:, :, None], count)
     factor = _along(_both(delta.factor, share), count)
     own = norm_gradients(k, curvatures, norms, parts, scale, bias, factor=factor, eps=delta.eps)
     gradients = Gradients(*(_repeat(x, count) for x in after), initial, dnorm + own.sum(2), curvatures)
     found = fold_backward(
-        k, v, gradients, parts, scale, bias, weight=weight, norms=norms, factor=factor, eps=delta.eps
-    )
+        k, v, gradients, parts, scale, bias,
+        weight=weight, norms=norms, factor=factor, eps=delta.eps, novel=delta.novel,
+    )  # fmt: skip
     return found, gradients.initial_matrix, gradients.initial_norm
 
 
@@ -93,17 +97,15 @@ def _parts(k: Tensor, length: Tensor | None) -> Layout:
 
 def _correction(
     k: Tensor,
-    norm: Tensor,
+    norms: Tensor,
     parts: Layout,
     scale: Tensor | None,
     bias: Tensor | None,
     share: Tensor | None,
     delta: Correction,
 ) -> Tensor:
-    """The correction ``[B, HKV, 1, K, K]`` of all parts, which share the norm before them."""
-    count = parts.count(k.shape[2])
-    factor = _along(_both(delta.factor, share), count)
-    norms = _repeat(norm.contiguous()[:, :, None], count)
+    """The correction ``[B, HKV, 1, K, K]`` of all parts, each with the same one of ``norms``."""
+    factor = _along(_both(delta.factor, share), parts.count(k.shape[2]))
     return fold_correction(k, norms, parts, scale, bias, factor=factor, eps=delta.eps).sum(2, keepdim=True)
 
 

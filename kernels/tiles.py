@@ -171,6 +171,28 @@ _DELTA: ByDevice = {
     },
 }
 
+
+def _chain(tokens: int, stages: int) -> Tiles:
+    """BT tokens a step, of which STAGES are under way: few programs, each with a multiprocessor to itself."""
+    return {"BT": tokens, "STAGES": stages, "num_warps": 8}
+
+
+_GAMMA: ByDevice = {
+    (9, 0): {
+        (64, 2): _chain(128, 4),
+        (128, 2): _chain(64, 4),
+        (256, 2): _chain(32, 4),
+        (128, 4): _chain(32, 4),
+        (256, 4): _chain(16, 4),
+    },
+    "default": {
+        (128, 2): _chain(64, 3),
+        (256, 2): _chain(32, 3),
+        (128, 4): _chain(32, 3),
+        (256, 4): _chain(16, 3),
+    },
+}
+
 TILES: dict[str, ByDevice] = {
     **_ATTENTION,
     "_memory_fold_forward_kernel": _FOLD,
@@ -184,6 +206,7 @@ TILES: dict[str, ByDevice] = {
     "_memory_retrieve_backward_queries_kernel": _BACKWARD,
     "_memory_retrieve_backward_memory_kernel": _FOLD,
     "_memory_scan_delta_kernel": _DELTA,
+    "_memory_scan_gamma_kernel": _GAMMA,
     "_memory_scan_backward_step_kernel": _DELTA,
     # BT ring slots or BM columns of the memory a program, BS tokens of a segment at once.
     "_infini_decode_split_kernel": {"default": _any_width(BT=64, BM=32, BS=32, num_warps=4, num_stages=1)},

@@ -15,6 +15,7 @@ from torch import Tensor
 from newllm import ops
 from newllm.reference import infini
 from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
+from newllm.testing.cases import sparse
 from newllm.types import FeatureMap
 
 # Few rows and heads: the interpreter takes its time by program.
@@ -105,6 +106,7 @@ def _long(draw: Draw, inputs: Inputs) -> Inputs:
 CHANGES: dict[str, Inputs | Callable[[Draw, Inputs], Inputs]] = {
     "learned": _learned,
     "delta": {"rule": "delta"},
+    "gamma": lambda draw, inputs: {"rule": "gamma", "feature": sparse(draw)},
     "tanh": {"gate": "tanh"},
     "open": _open,
     "local": {"window": None},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from newllm.reference import memory as reference
 from newllm.testing import CASES, Draw, Inputs, OpCase, mapped
+from newllm.testing.cases import sparse
 from newllm.types import FeatureMap, MemoryState
 
 
@@ -32,6 +33,16 @@ def filled(draw: Draw, count: bool = True) -> Inputs:
     k, v = draw.normal("batch", "kv_heads", 30, "key"), draw.normal("batch", "kv_heads", 30, "value")
     state: MemoryState = mapped(Tensor.detach, reference.memory_update(k, v))
     return {"state": state if count else state._replace(count=None)}
+
+
+def begun(draw: Draw, count: bool = True) -> Inputs:
+    """A faint memory of four segments: by gamma's rule it lacks some of what follows."""
+    feature, tokens = sparse(draw), 4 * draw.sizes["segment"]
+    k, v = (draw.normal("batch", "kv_heads", tokens, width) for width in ("key", "value"))
+    matrix, norm, seen = mapped(Tensor.detach, reference.memory_update(k, v, feature=feature))
+    assert seen is not None
+    state = MemoryState(matrix / 16, norm / 16, seen // 16 if count else None)
+    return {"feature": feature, "state": state}
 
 
 def padded(draw: Draw) -> Inputs:
@@ -74,7 +85,7 @@ def made(*parts: Callable[[Draw], Inputs] | Inputs) -> Callable[[Draw], Inputs]:
     return make
 
 
-DELTA = {"rule": "delta"}
+DELTA, GAMMA = {"rule": "delta"}, {"rule": "gamma"}
 VARIANTS: dict[str, dict[str, Callable[[Draw], Inputs]]] = {
     "memory_update": {
         "linear": made(key_values),
@@ -84,6 +95,7 @@ VARIANTS: dict[str, dict[str, Callable[[Draw], Inputs]]] = {
         "no guard": made(key_values, partial(filled, count=False), DELTA),
         "empty, delta": made(key_values, learned, DELTA),
         "strides": made(apart, filled, learned),
+        "gamma": made(apart, begun, padded, GAMMA, {"scale": "1/T"}),
     },
     "memory_scan": {
         "linear": made(key_values, segmented),
@@ -92,6 +104,7 @@ VARIANTS: dict[str, dict[str, Callable[[Draw], Inputs]]] = {
         "no guard": made(key_values, segmented, partial(filled, count=False), DELTA),
         "empty, delta": made(key_values, segmented, learned, DELTA),
         "strides": made(apart, segmented, filled, DELTA),
+        "gamma": made(apart, segmented, begun, padded, GAMMA),
     },
     "memory_retrieve": {
         "learned": made(queries, filled, learned),

@@ -191,12 +191,12 @@ LAYER = (
     "weights", "cut", "full", "two", "delta cut", "delta full", "delta two", "padded", "apart", "stream",
     "delta stream", "local stream", "two stream weights", "long", "long padded stream", "clamped stream",
     "learned tanh padded", "no-memory padded stream", "learned delta padded stream",
-    "learned tanh apart padded stream by-row",
+    "learned tanh apart padded stream by-row", "gamma", "gamma two padded stream",
 )  # fmt: skip
 WINDOW = ("", "local", "padded", "local padded", "no-rope", "apart", "apart padded by-row", "long")
 DECODE = tuple(f"{variant}/{change}" for variant, change in product(
     ("linear", "delta", "active"), ("plain", "tanh", "bias", "local", "no memory", "no rope", "rope by row"),
-) if (variant, change) != ("delta", "no memory"))  # fmt: skip
+) if (variant, change) != ("delta", "no memory")) + ("gamma/plain", "gamma/local")  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "layer": Family(LAYER, _attention, layer, 8),
     "window": Family(WINDOW, _attention, window, 3),

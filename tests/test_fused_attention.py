@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from newllm.testing import CASES, Inputs, OpCase, mapped
+from newllm.testing import CASES, DRAWS, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, window
 from tests.contracts import Looking, check_contracts
@@ -58,6 +58,14 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("full", F32, {**SHORT, "seed": 1}),
     ("two", F32, SHORT),
     ("delta two", F32, {**SHORT, "heads": 8, "kv_heads": 4}),
+    ("gamma", F32, {**SHORT, "heads": 8, "kv_heads": 4}),
+    ("gamma stream", F32, {"tokens": 60, "segment": 40, "window": 45}),
+    ("gamma padded apart stream", BF16, {**BATCH, "tokens": 20, "segment": 9, "window": 11}),
+    ("gamma two", F32, {**SHORT, "heads": 8, "kv_heads": 4}),
+    ("gamma cut tanh", F32, {**SHORT, "heads": 8, "kv_heads": 4}),
+    ("gamma local stream", F16, {"tokens": 20}),
+    ("gamma clamped padded", F32, {**BATCH, **SHORT, "heads": 8, "kv_heads": 4}),
+    ("gamma", F32, {"key": 80, "value": 96, "tokens": 20, "segment": 7}),
     ("learned open", BF16, {}),
     # Single keys: the gate's gradient is small beside the rounding of out.
     ("open", F32, {"tokens": 20, "window": 1, "segment": 1, "seed": 2}),
@@ -113,21 +121,22 @@ def test_slopes_of_few_keys_cancel(factor: float, window: int, fused_device: str
 @pytest.mark.parametrize(
     ("rule", "cut", "tokens", "segment", "window"),
     # The last: a call shorter than a segment and than a tile that a border crosses.
-    [("linear", 9, 20, 5, 11), ("delta", 9, 20, 5, 11), ("linear", 66, 76, 70, 75)],
+    [("linear", 9, 20, 5, 11), ("delta", 9, 20, 5, 11), ("gamma", 9, 20, 5, 11), ("linear", 66, 76, 70, 75)],
 )
 def test_any_split_is_one_call(
     rule: str, cut: int, tokens: int, segment: int, window: int, fused_device: str
 ) -> None:
     """Calls that continue each other, with gradients through their states, and the reference of the whole."""
-    case = layer(f"{rule if rule == 'delta' else ''} padded")
+    case = layer(f"{'' if rule == 'linear' else rule} padded")
     sizes = {"batch": 2, "tokens": tokens, "segment": segment, "window": window}
-    inputs = case.inputs("changed", F32, device=fused_device, seed=2, **sizes)
-    inputs["padding_mask"][0] = True
-    inputs["padding_mask"][1, ::2] = True
-    case.judge(inputs, F32, function=partial(in_calls, (0, cut, tokens)))
+    draws = [case.inputs("changed", F32, device=fused_device, seed=2 + i, **sizes) for i in range(DRAWS[F32])]
+    for inputs in draws:
+        inputs["padding_mask"][0] = True
+        inputs["padding_mask"][1, ::2] = True
+    case.judge(draws[0], F32, function=partial(in_calls, (0, cut, tokens)), others=draws[1:])
 
 
-@pytest.mark.parametrize("changes", ["learned delta", "local"])
+@pytest.mark.parametrize("changes", ["learned delta", "gamma", "local"])
 def test_no_token_sees_a_later_one(changes: str, fused_device: str) -> None:
     """Bit by bit, and no gradient of an output reaches a later token."""
     case, now = layer(changes), 18
@@ -178,12 +187,14 @@ ATTENTION = {f"_infini_attention_{part}_kernel" for part in PARTS}
 MEMORY = {"_memory_fold_forward_kernel", "_memory_fold_backward_kernel"}
 MEMORY |= {"_infini_attention_backward_recall_kernel"}
 LINEAR, DELTA = {"_memory_scan_linear_kernel"}, {"_memory_scan_delta_kernel"}
+GAMMA = {"_memory_scan_gamma_kernel"}
 RUNS: list[tuple[str, str, set[str]]] = [
     ("window_attention", "", {"_rotate_kernel"}),
     ("window_attention", "local padded no-rope", {"_rotate_kernel"}),
     ("infini_attention", "no-memory stream", {"_rotate_kernel"}),
     ("infini_attention", "learned tanh weights padded", {"_rotate_kernel"} | MEMORY | LINEAR),
     ("infini_attention", "delta local stream", {"_rotate_kernel"} | MEMORY | DELTA),
+    ("infini_attention", "gamma padded stream", {"_rotate_kernel"} | MEMORY | DELTA | GAMMA),
 ]
 
 
@@ -230,7 +241,9 @@ def test_the_guard_against_the_reference_works(monkeypatch: pytest.MonkeyPatch) 
             case.public(**case.inputs("changed", F32), backend="reference")
 
 
-@pytest.mark.parametrize("changes", ["learned tanh padded stream", "delta stream", "no-memory", "weights"])
+@pytest.mark.parametrize(
+    "changes", ["learned tanh padded stream", "delta stream", "gamma stream", "no-memory", "weights"]
+)
 def test_contracts_hold(changes: str, fused_device: str) -> None:
     """Schema, fake and autograd registration of what the public operator calls, forward and backward."""
     case = layer(changes)
@@ -260,13 +273,12 @@ def declined() -> dict[str, tuple[str, Inputs, str]]:
     return {
         "dtype": ("infini_attention", double, "float64"),
         "window's dtype": ("window_attention", bare, "float64"),
-        "rule": ("infini_attention", {**plain, "rule": "gamma"}, "'gamma'"),
         "feature": ("infini_attention", {**plain, "feature": FeatureMap("dpfp", order=1)}, "'dpfp'"),
         "width": ("infini_attention", wide, "258"),
     }
 
 
-@pytest.mark.parametrize("name", ["dtype", "window's dtype", "rule", "feature", "width"])
+@pytest.mark.parametrize("name", ["dtype", "window's dtype", "feature", "width"])
 def test_what_the_kernels_lack_is_the_references(name: str, fused_device: str) -> None:
     op, inputs, message = declined()[name]
     public, inputs = CASES[op].public, mapped(lambda x: x.to(fused_device), inputs)

@@ -63,6 +63,9 @@ FEW = [
     (BRIM, "linear", "plain", torch.float16),
     (SINGLE, "linear", "plain", torch.float32),
     (SINGLE, "delta", "local", torch.float32),
+    (SMALL, "gamma", "plain", torch.float32),
+    ({**SPLIT, "window": 35}, "gamma", "local", torch.bfloat16),
+    (ODD, "gamma", "no rope", torch.float32),
 ]
 
 
@@ -91,10 +94,12 @@ def test_any_tiles_obey_the_error_rule(
     judged(SPLIT, "active", "plain", torch.bfloat16, fused_device)
 
 
-def stream(tokens: int, device: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Inputs:
+def stream(
+    tokens: int, device: str, dtype: torch.dtype = torch.float32, variant: str = "delta", **sizes: int
+) -> Inputs:
     """q, k, v of whole streams, with beta and no tables."""
     inputs = CASES["infini_attention"].inputs(
-        "delta", dtype, device=device, **{**SMALL, "heads": 2, "kv_heads": 1, "tokens": tokens, **sizes}
+        variant, dtype, device=device, **{**SMALL, "heads": 2, "kv_heads": 1, "tokens": tokens, **sizes}
     )
     return {**inputs, "rope": None}
 
@@ -105,10 +110,11 @@ def fresh(inputs: Inputs) -> InfiniState:
     )
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "gamma"])
 def test_a_stream_equals_one_call(rule: str, fused_device: str) -> None:
     """From the empty state through three folds, with rows that pause: what one call over all tokens gives."""
-    inputs = stream(13, fused_device) | {"rule": rule}
+    variant = "gamma" if rule == "gamma" else "delta"
+    inputs = stream(13, fused_device, variant=variant) | {"rule": rule}
     mask = torch.rand(2, 13, device=fused_device) > 0.3
     mask[0] = True
     state = fresh(inputs)
@@ -208,7 +214,7 @@ def test_the_contract_holds(fused_device: str) -> None:
     """opcheck: schema, fake, no gradient, and that exactly the state is written."""
     inputs = CASE.inputs("active", torch.float32, device=fused_device, **SMALL)
     qkv = [inputs[name] for name in ("q", "k", "v")]
-    options = {"local": False, "segment": 4, "tanh": False, "delta": False, "eps": 1e-6}
+    options = {"local": False, "segment": 4, "tanh": False, "rule": "linear", "eps": 1e-6}
     for beta, state, rope in (
         (inputs["beta"], inputs["state"], inputs["rope"]),
         (None, inputs["state"]._replace(matrix=None, norm=None), (None, None)),
@@ -247,7 +253,6 @@ def declined() -> dict[str, tuple[Inputs, str]]:
     return {
         "dtype": (CASE.inputs("linear", torch.float64, **SMALL), "float64"),
         "width": (wide, "258"),
-        "rule": ({**plain, "rule": "gamma"}, "'gamma'"),
         "feature": ({**plain, **dpfp, "state": longer}, "'dpfp'"),
         "ring": ({**plain, "state": state._replace(values=state.values.double())}, "rings"),
         "memory": ({**plain, "state": state._replace(norm=state.norm.double())}, "memory in float32"),
@@ -255,7 +260,7 @@ def declined() -> dict[str, tuple[Inputs, str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["dtype", "width", "rule", "feature", "ring", "memory", "strides"])
+@pytest.mark.parametrize("name", ["dtype", "width", "feature", "ring", "memory", "strides"])
 def test_what_the_kernels_lack_is_the_references(name: str, fused_device: str) -> None:
     inputs, message = declined()[name]
     inputs = mapped(lambda x: x.to(fused_device), inputs)

@@ -13,9 +13,9 @@ from newllm import ops
 from newllm.reference import memory as reference
 from newllm.reference.infini import _aligned_segments
 from newllm.testing import DRAWS, Draw, Inputs, OpCase, leaves, mapped
-from newllm.types import FeatureMap, MemoryState
+from newllm.types import FeatureMap, MemoryState, Rule
 from tests.contracts import check_contracts
-from tests.memory_cases import EVERY, SIZES, VARIANTS, case_of, filled, judge, key_values, learned
+from tests.memory_cases import EVERY, SIZES, VARIANTS, begun, case_of, filled, judge, key_values, learned
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F32, BF16, F16]
@@ -23,7 +23,7 @@ DTYPES = [F32, BF16, F16]
 
 @pytest.mark.parametrize(
     ("op", "variant", "dtype", "kv_heads"),
-    [(*each, DTYPES[i % 2], 2 if i % 4 == 1 else 1) for i, each in enumerate(EVERY)],
+    [(*each, DTYPES[i % 2], 2 if i % 4 == 1 or "gamma" in each else 1) for i, each in enumerate(EVERY)],
     ids=str,
 )
 def test_row_70_fused_memory_obeys_the_error_rule(
@@ -38,32 +38,37 @@ def test_fused_memory_multiplies_float16_as_float32(op: str, fused_device: str) 
     judge(op, next(iter(VARIANTS[op])), F16, fused_device, kv_heads=1, tokens=9)
 
 
-def test_a_long_update_in_parts_is_one_segment(fused_device: str) -> None:
+@pytest.mark.parametrize("variant", ["delta", "gamma"])
+def test_a_long_update_in_parts_is_one_segment(variant: str, fused_device: str) -> None:
     """Parts of 64 tokens that share the norm before them."""
-    judge("memory_update", "delta", F32, fused_device, batch=1, kv_heads=1, tokens=150)
+    sizes = {"batch": 2, "kv_heads": 1, "tokens": 150, "segment": 30}
+    judge("memory_update", variant, F32, fused_device, draws=DRAWS[F32], **sizes)
 
 
+@pytest.mark.parametrize("variant", ["delta", "gamma"])
 @pytest.mark.parametrize("op", ["memory_update", "memory_scan"])
-def test_widths_beyond_a_tile_go_in_parts(op: str, fused_device: str) -> None:
+def test_widths_beyond_a_tile_go_in_parts(op: str, variant: str, fused_device: str) -> None:
     """Keys wider than the tile of a correction, values wider than that of a fold."""
-    judge(op, "delta", F32, fused_device, kv_heads=1, key=70, value=70, tokens=9)
+    sizes = {"kv_heads": 1, "key": 70, "value": 70, "tokens": 9}
+    judge(op, variant, F32, fused_device, draws=DRAWS[F32], **sizes)
 
 
 # What the layer launches: earlier tokens, rows at different phases, whole segments, truncated gradients
 
 
-def layer_inputs(draw: Draw, delta: bool, streaming: bool, reach: int | None) -> Inputs:
+def layer_inputs(draw: Draw, rule: str, streaming: bool, reach: int | None) -> Inputs:
     segment, past = draw.sizes["segment"], draw.sizes["segment"] + 2
-    inputs = key_values(draw) | learned(draw) | filled(draw, count=False)
+    inputs = key_values(draw)
+    inputs |= begun(draw, count=False) if rule == "gamma" else learned(draw) | filled(draw, count=False)
     end = torch.tensor([draw.sizes["tokens"], draw.sizes["tokens"] - segment + 2], device=draw.device)
     if streaming:
         for name, width in (("past_k", "key"), ("past_v", "value")):
             inputs[name] = draw.normal("batch", "kv_heads", past, width)
         inputs["position"] = torch.tensor([3, 2 * segment - 2], device=draw.device)
-    if not delta:
+    if rule == "linear":
         count = -(-(draw.sizes["tokens"] + (segment - 1) * streaming) // segment)
         inputs["weight"] = draw.normal("batch", count, dtype=draw.state_dtype)
-    return inputs | {"length": end, "segment": segment, "delta": delta, "reach": reach}
+    return inputs | {"length": end, "segment": segment, "rule": rule, "reach": reach}
 
 
 def layer_reference(
@@ -78,7 +83,7 @@ def layer_reference(
     weight: Tensor | None = None,
     *,
     segment: int,
-    delta: bool,
+    rule: Rule,
     reach: int | None,
     compute_dtype: torch.dtype | None = None,
 ) -> Any:
@@ -87,7 +92,6 @@ def layer_reference(
         past, k, v = past_k.shape[2], torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
     compute = compute_dtype or reference.state_dtype(k.dtype)
     segments = _aligned_segments(k, v, past, position, length, segment, feature, compute)
-    rule: Any = "delta" if delta else "linear"
     before, last = reference.scan(segments, state, rule=rule, weight=weight, bptt_segments=reach)
     return *before[:2], *last[:2]
 
@@ -97,15 +101,15 @@ class Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Inputs, *tensors: Any) -> Any:
-        from newllm.kernels.memory import Correction, write
+        from newllm.kernels.memory import correction, write
         from newllm.kernels.memory_layout import Layout
 
         k, v, scale, bias, matrix, norm, past_k, past_v, weight = tensors
         layout = Layout(options["segment"], options["position"], options["length"], past_k, past_v)
-        delta = Correction() if options["delta"] else None
+        delta = correction(options["rule"], 1e-6)
         chain = write(k, v, layout, scale, bias, matrix=matrix, norm=norm, weight=weight, delta=delta)
         ctx.save_for_backward(k, v, scale, bias, weight, chain.before, chain.norms)
-        ctx.options = layout, delta, options["reach"]
+        ctx.options = layout, delta, options
         return tuple(chain)
 
     @staticmethod
@@ -113,12 +117,14 @@ class Write(torch.autograd.Function):
         from newllm.kernels.memory import Outgoing, weight_gradient, write_backward
         from newllm.kernels.memory_fold_backward import fold_backward
 
-        (k, v, *feature, weight, before, norms), (layout, delta, reach) = ctx.saved_tensors, ctx.options
+        (k, v, *feature, weight, before, norms), (layout, delta, options) = ctx.saved_tensors, ctx.options
         states = {"before": before, "norms": norms}
         found = write_backward(
-            k, layout, before.shape, Outgoing(*outgoing), *feature, **states, delta=delta, reach=reach
-        )
-        tokens = fold_backward(k, v, found, layout, *feature, weight=weight, norms=norms)
+            k, layout, before.shape, Outgoing(*outgoing), *feature, **states,
+            delta=delta, reach=options["reach"],
+        )  # fmt: skip
+        novel = options["rule"] == "gamma"
+        tokens = fold_backward(k, v, found, layout, *feature, weight=weight, norms=norms, novel=novel)
         initial = found.initial_matrix, found.initial_norm
         weights = None if weight is None else weight_gradient(k, v, found, layout, *feature)
         return None, *tokens[:2], *tokens[4:], *initial, *tokens[2:4], weights
@@ -140,11 +146,12 @@ def layer_kernels(
     return Write.apply(options, k, v, *feature[1:3], *state[:2], past_k, past_v, weight)
 
 
-LAYER = [(delta, *each) for delta in (False, True) for each in ((True, None), (True, 2), (False, 1))]
+RULES: tuple[Rule, ...] = ("linear", "delta", "gamma")
+LAYER = [(rule, *each) for rule in RULES for each in ((True, None), (True, 2), (False, 1))]
 
 
 def judge_layer(
-    delta: bool,
+    rule: Rule,
     streaming: bool,
     reach: int | None,
     dtype: torch.dtype,
@@ -153,36 +160,36 @@ def judge_layer(
     draws: int = 1,
     **sizes: int,
 ) -> None:
-    make = partial(layer_inputs, delta=delta, streaming=streaming, reach=reach)
+    make = partial(layer_inputs, rule=rule, streaming=streaming, reach=reach)
     case = OpCase(layer_kernels, layer_reference, SIZES | sizes, {"layer": make})
     others = (case.inputs("layer", dtype, device=device, seed=seed) for seed in range(draws))
     case.judge(next(others), dtype, others=others)
 
 
-@pytest.mark.parametrize(("delta", "streaming", "reach"), LAYER)
+@pytest.mark.parametrize(("rule", "streaming", "reach"), LAYER)
 def test_the_layer_writes_whole_segments_from_any_phase(
-    delta: bool, streaming: bool, reach: int | None, fused_device: str
+    rule: Rule, streaming: bool, reach: int | None, fused_device: str
 ) -> None:
     """Rows at their own phase and length, an open segment in earlier tokens, gradients cut after reach."""
-    judge_layer(delta, streaming, reach, F32, fused_device, kv_heads=1)
+    judge_layer(rule, streaming, reach, F32, fused_device, draws=DRAWS[F32], kv_heads=1)
 
 
-@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("rule", RULES)
 def test_programs_share_the_tokens_of_a_segment(
-    delta: bool, fused_device: str, monkeypatch: pytest.MonkeyPatch
+    rule: Rule, fused_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No token counts twice where a program's last tile ends within its tokens."""
     from newllm.kernels import memory_curvature, memory_fold_backward
 
     for module in (memory_curvature, memory_fold_backward):
         monkeypatch.setattr(module, "CHUNK", 16)
-    judge_layer(delta, True, None, F32, fused_device, kv_heads=4, segment=40, tokens=90)
+    judge_layer(rule, True, None, F32, fused_device, kv_heads=4, segment=40, tokens=90)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_without_reach_nothing_flows_back(delta: bool, fused_device: str) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_without_reach_nothing_flows_back(rule: Rule, fused_device: str) -> None:
     draw = Draw(SIZES | {"kv_heads": 1}, F32, fused_device, 0)
-    inputs = layer_inputs(draw, delta, True, 0)
+    inputs = layer_inputs(draw, rule, True, 0)
     learning = [x.requires_grad_() for _, x in leaves(inputs) if x.is_floating_point()]
     results = layer_kernels(**inputs)
     slopes = torch.autograd.grad(results, learning, [torch.ones_like(x) for x in results])
@@ -192,7 +199,12 @@ def test_without_reach_nothing_flows_back(delta: bool, fused_device: str) -> Non
 # The contract
 
 
-CONTRACTS = [("memory_update", "delta"), ("memory_scan", "weights"), ("memory_retrieve", "learned")]
+CONTRACTS = [
+    ("memory_update", "delta"),
+    ("memory_scan", "weights"),
+    ("memory_scan", "gamma"),
+    ("memory_retrieve", "learned"),
+]
 
 
 @pytest.mark.parametrize(("op", "variant"), CONTRACTS)
@@ -231,7 +243,6 @@ def test_results_share_no_memory_with_inputs(fused_device: str) -> None:
     ("changes", "reason"),
     [
         ({"k": torch.zeros(1, 1, 3, 4, dtype=torch.float64)}, "float16, bfloat16 and float32"),
-        ({"rule": "gamma"}, "'gamma'"),
         ({"feature": FeatureMap("dpfp", order=1)}, "'dpfp'"),
     ],
 )
@@ -281,15 +292,17 @@ def test_gpu_fused_memory_obeys_the_error_rule(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("delta", "streaming", "reach"), [*LAYER, (False, True, 3), (True, True, 4)])
+@pytest.mark.parametrize(
+    ("rule", "streaming", "reach"), [*LAYER, ("linear", True, 3), ("delta", True, 4), ("gamma", True, 3)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (80, 96), (128, 128), (256, 256)])
 @pytest.mark.parametrize("segment", [64, 250])
 def test_gpu_layer_writes_whole_segments(
-    delta: bool, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
+    rule: Rule, streaming: bool, reach: int | None, dtype: torch.dtype, key: int, value: int, segment: int
 ) -> None:
     sizes = {"key": key, "value": value, "segment": segment, "tokens": 5 * segment + 7}
-    judge_layer(delta, streaming, reach, dtype, "cuda", draws=DRAWS[dtype], kv_heads=8, **sizes)
+    judge_layer(rule, streaming, reach, dtype, "cuda", draws=DRAWS[dtype], kv_heads=8, **sizes)
 
 
 @pytest.mark.gpu

@@ -142,7 +142,7 @@ def sequence_attention(
     _check_rope(rope, k, window)
     _check_state(state, k, v, window, segment, beta is not None, feature)
     weights(segment_weight, rule, k.shape[2] // segment, k)
-    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], feature=feature)
     chosen = backends.resolve("infini_attention", q.device, backend, reason)
     order, scale, bias = (None, None, None) if feature is None else (feature.order, *feature[1:3])
     cos, sin = rope or (None, None)

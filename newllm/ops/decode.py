@@ -59,7 +59,7 @@ def infini_decode(
     inputs = (q, k, v, beta, *state, *(feature or ()), decay)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError("infini_decode writes into its state and has no gradient: use torch.no_grad()")
-    chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, rule, feature, decay))
+    chosen = backends.resolve("infini_decode", q.device, backend, declined(q, v, state, feature, decay))
     if chosen == "fused":
         cos, sin = (None, None) if rope is None else rope
         return fused(
@@ -75,7 +75,7 @@ def infini_decode(
             local=window is None,
             segment=segment,
             tanh=gate == "tanh",
-            delta=rule == "delta",
+            rule=rule,
             eps=eps,
         )
     with context:

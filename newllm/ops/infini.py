@@ -83,7 +83,7 @@ def infini_attention(
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, reference.touched_segments(k.shape[2], segment, state is not None), k)
     checks.decay(decay, segment_weight, k)
-    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], feature=feature, decay=decay)
     chosen = backends.resolve("infini_attention", q.device, backend, reason)
     runs: dict[str, Callable[..., tuple[Tensor, InfiniState]]] = {
         "reference": partial(reference.infini_attention, decay=decay),

@@ -13,12 +13,11 @@ def declined(
     q: Tensor,
     v: Tensor,
     state: InfiniState,
-    rule: str,
     feature: FeatureMap | None,
     decay: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot take this call; None if they can."""
-    reason = unsupported(q.dtype, q.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
+    reason = unsupported(q.dtype, q.shape[3], v.shape[3], feature=feature, decay=decay)
     if reason is not None:
         return reason
     for ring in (state.keys, state.values):
@@ -55,7 +54,7 @@ def infini_decode(
     local: bool,
     segment: int,
     tanh: bool,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> Tensor:
     """See ``newllm.kernels.infini_decode.infini_decode``."""
@@ -79,7 +78,7 @@ def infini_decode(
         local=local,
         segment=segment,
         tanh=tanh,
-        delta=delta,
+        rule=rule,
         eps=eps,
     )
 

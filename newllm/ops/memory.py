@@ -58,7 +58,7 @@ def memory_update(
     checks.feature(feature, k.shape[1], k)
     checks.memory_state(state, k, v, feature)
     checks.padding(padding_mask, k)
-    chosen = backends.resolve("memory_update", k.device, backend, _declined(k, v, rule, feature, state))
+    chosen = backends.resolve("memory_update", k.device, backend, _declined(k, v, feature, state))
     with context:
         if chosen == "fused":
             return _fused_update(k, v, state, rule, feature, scale, padding_mask)
@@ -104,7 +104,7 @@ def memory_retrieve(
     checks.feature(feature, heads, q)
     features = feature_width(feature, q.shape[3])
     checks.memory(state.matrix, state.norm, (q.shape[0], heads, features, state.matrix.shape[3]), q)
-    declined = _declined(q, state.matrix, "linear", feature, state)
+    declined = _declined(q, state.matrix, feature, state)
     chosen = backends.resolve("memory_retrieve", q.device, backend, declined)
     with context:
         if chosen == "fused":
@@ -155,7 +155,7 @@ def memory_scan(
     checks.padding(padding_mask, k)
     weights(segment_weight, rule, -(-k.shape[2] // segment), k)
     checks.decay(decay, segment_weight, k)
-    reason = _declined(k, v, rule, feature, state, decay)
+    reason = _declined(k, v, feature, state, decay)
     chosen = backends.resolve("memory_scan", k.device, backend, reason)
     with context:
         if chosen == "fused":
@@ -183,7 +183,6 @@ def weights(segment_weight: Tensor | None, rule: Rule, segments: int, k: Tensor)
 def _declined(
     k: Tensor,
     v: Tensor,
-    rule: Rule,
     feature: FeatureMap | None,
     state: MemoryState | None,
     decay: Tensor | None = None,
@@ -191,7 +190,7 @@ def _declined(
     """Why the kernels cannot take this call; None if they can."""
     if state is not None and state.matrix.dtype != torch.float32:
         return f"its kernels take a float32 state, got {state.matrix.dtype}"
-    return unsupported(k.dtype, k.shape[3], v.shape[3], rule=rule, feature=feature, decay=decay)
+    return unsupported(k.dtype, k.shape[3], v.shape[3], feature=feature, decay=decay)
 
 
 def _learned(feature: FeatureMap | None) -> tuple[Tensor | None, Tensor | None]:
@@ -247,7 +246,7 @@ def _fused_update(
     share = _share(tokens, scale)
     guard = None
     # As few operations as can be: each takes as long as a twentieth of a long update.
-    if rule == "delta":
+    if rule != "linear":
         matrix, norm, counts, last = _initial(state, tokens[:, None])
         guard = _guard(counts, tokens[:, None])
     elif state is None:
@@ -256,9 +255,7 @@ def _fused_update(
         matrix, norm, count = state
         last = None if count is None else count + tokens
     learned = _learned(feature)
-    matrix, norm = fused.memory_update(
-        k, v, *learned, matrix, norm, share, length, guard, rule == "delta", EPS
-    )
+    matrix, norm = fused.memory_update(k, v, *learned, matrix, norm, share, length, guard, rule, EPS)
     return MemoryState(matrix, norm, last)
 
 
@@ -276,10 +273,10 @@ def _fused_scan(
     starts = torch.arange(0, k.shape[2], segment, device=k.device)
     tokens = (real[:, None] - starts).clamp(0, segment)
     matrix, norm, counts, last = _initial(state, tokens)
-    guard = _guard(counts, tokens) if rule == "delta" else None
+    guard = None if rule == "linear" else _guard(counts, tokens)
     weight = None if segment_weight is None else segment_weight.float()
     learned = _learned(feature)
     before, norms, matrix, norm = fused.memory_scan(
-        k, v, *learned, matrix, norm, weight, length, guard, segment, rule == "delta", EPS
+        k, v, *learned, matrix, norm, weight, length, guard, segment, rule, EPS
     )
     return MemoryState(before, norms, counts), MemoryState(matrix, norm, last)

@@ -44,21 +44,20 @@ def memory_scan(
     length: Tensor | None,
     factor: Tensor | None,
     segment: int,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The memory before each segment, ``[B, Hkv, N, K, V]``, ``[B, Hkv, N, K]``, and after the last.
 
-    ``weight [B, N]`` scales what a segment adds (linear rule); ``factor [B, N]`` is the delta rule's guard.
+    ``weight [B, N]`` scales what a segment adds (linear rule); ``factor [B, N]`` is the guard of delta and
+    gamma.
     """
-    from newllm.kernels.memory import Correction, write
+    from newllm.kernels.memory import correction, write
     from newllm.kernels.memory_layout import Layout
 
-    correction = Correction(factor, eps) if delta else None
+    delta = correction(rule, eps, factor)
     layout = Layout(segment, length=length, partial=True)
-    before, *rest = write(
-        k, v, layout, scale, bias, matrix=matrix, norm=norm, weight=weight, delta=correction
-    )
+    before, *rest = write(k, v, layout, scale, bias, matrix=matrix, norm=norm, weight=weight, delta=delta)
     assert before is not None
     return before, *rest
 
@@ -90,14 +89,14 @@ def memory_scan_backward(
     dmatrix: Tensor | None,
     dnorm: Tensor | None,
     segment: int,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> list[Tensor]:
     """Gradients of k, v and of scale, bias, matrix, norm, weight where they are given.
 
-    ``before``, ``norms`` are results of the delta rule; ``dbefore`` ... are the gradients of all results.
+    ``before``, ``norms`` are results of delta and gamma; ``dbefore`` ... are the gradients of all results.
     """
-    from newllm.kernels.memory import Correction, Outgoing, weight_gradient, write_backward
+    from newllm.kernels.memory import Outgoing, correction, weight_gradient, write_backward
     from newllm.kernels.memory_fold_backward import fold_backward
     from newllm.kernels.memory_layout import Layout
 
@@ -112,11 +111,12 @@ def memory_scan_backward(
         bias,
         before=before,
         norms=norms,
-        delta=Correction(factor, eps) if delta else None,
+        delta=correction(rule, eps, factor),
     )
     found = fold_backward(
-        k, v, gradients, layout, scale, bias, weight=weight, norms=norms, factor=factor, eps=eps
-    )
+        k, v, gradients, layout, scale, bias,
+        weight=weight, norms=norms, factor=factor, eps=eps, novel=rule == "gamma",
+    )  # fmt: skip
     initial = (None, None) if matrix is None else (gradients.initial_matrix, gradients.initial_norm)
     weights = None if weight is None else weight_gradient(k, v, gradients, layout, scale, bias)
     every = (found.k, found.v, found.scale, found.bias, *initial, weights)
@@ -129,10 +129,10 @@ def _(*inputs: Any) -> list[Tensor]:
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, segment, delta, eps = inputs
-    states = output[:2] if delta else (None, None)
+    *tensors, segment, rule, eps = inputs
+    states = (None, None) if rule == "linear" else output[:2]
     ctx.save_for_backward(*tensors, *states)
-    ctx.options = segment, delta, eps
+    ctx.options = segment, rule, eps
     ctx.set_materialize_grads(False)
 
 
@@ -158,18 +158,19 @@ def memory_update(
     share: Tensor | None,
     length: Tensor | None,
     factor: Tensor | None,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The memory ``[B, Hkv, K, V]``, ``[B, Hkv, K]`` after all tokens.
 
-    ``share [B]`` scales what is added, ``factor [B, 1]`` is the delta rule's guard; neither has gradients.
+    ``share [B]`` scales what is added, ``factor [B, 1]`` is the guard of delta and gamma; neither
+    has gradients.
     """
-    from newllm.kernels.memory import Correction
+    from newllm.kernels.memory import correction
     from newllm.kernels.memory_update import update
 
-    correction = Correction(factor, eps) if delta else None
-    return update(k, v, scale, bias, matrix=matrix, norm=norm, share=share, length=length, delta=correction)
+    delta = correction(rule, eps, factor)
+    return update(k, v, scale, bias, matrix=matrix, norm=norm, share=share, length=length, delta=delta)
 
 
 @memory_update.register_fake
@@ -191,11 +192,11 @@ def memory_update_backward(
     factor: Tensor | None,
     dmatrix: Tensor | None,
     dnorm: Tensor | None,
-    delta: bool,
+    rule: str,
     eps: float,
 ) -> list[Tensor]:
     """Gradients of k, v and of scale, bias, matrix, norm where they are given."""
-    from newllm.kernels.memory import Correction
+    from newllm.kernels.memory import correction
     from newllm.kernels.memory_update import update_backward
 
     found, *initial = update_backward(
@@ -209,7 +210,7 @@ def memory_update_backward(
         norm=norm,
         share=share,
         length=length,
-        delta=Correction(factor, eps) if delta else None,
+        delta=correction(rule, eps, factor),
     )
     given = [] if matrix is None else [x.clone() for x in initial]
     return [x for x in (found.k, found.v, found.scale, found.bias, *given) if x is not None]
@@ -221,9 +222,9 @@ def _(*inputs: Any) -> list[Tensor]:
 
 
 def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, delta, eps = inputs
+    *tensors, rule, eps = inputs
     ctx.save_for_backward(*tensors)
-    ctx.options = delta, eps
+    ctx.options = rule, eps
     ctx.set_materialize_grads(False)
 
 

@@ -8,14 +8,12 @@ from torch import Tensor
 from newllm.types import FeatureMap
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-RULES = ("linear", "delta")
 MAX_WIDTH = 256
 
 
 def unsupported(
     dtype: torch.dtype,
     *widths: int,
-    rule: str = "linear",
     feature: FeatureMap | None = None,
     decay: Tensor | None = None,
 ) -> str | None:
@@ -24,8 +22,6 @@ def unsupported(
         return f"its kernels take float16, bfloat16 and float32, got {dtype}"
     if max(widths) > MAX_WIDTH:
         return f"its kernels take widths up to {MAX_WIDTH}, got {max(widths)}"
-    if rule not in RULES:
-        return f"its kernels have the rules {' and '.join(RULES)}, got {rule!r}"
     if feature is not None and feature.kind != "elu1":
         return f"its kernels have the feature map 'elu1', got {feature.kind!r}"
     if feature is not None and feature.write is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ def _gamma(draw: Draw) -> Inputs:
 
 def _feature(draw: Draw) -> FeatureMap:
     return FeatureMap(scale=draw.normal("kv_heads") + 2, bias=draw.normal("kv_heads"))
+
+
+def sparse(draw: Draw) -> FeatureMap:
+    """Features large for one or two tokens a segment each: a memory by gamma lacks some of what follows."""
+    rare = NormalDist().inv_cdf(1 - 1.5 / max(3, draw.sizes["segment"]))
+    return FeatureMap(scale=draw.normal("kv_heads") / 8 + 4, bias=draw.normal("kv_heads") / 8 - 4 * rare)
 
 
 def _weighed(draw: Draw) -> Inputs:
@@ -170,6 +177,11 @@ CASES: dict[str, OpCase] = {
                 | _padding(draw)
                 | {"segment": draw.sizes["segment"], "rule": "delta", "state": _memory(draw)}
             ),
+            "gamma": lambda draw: (
+                _kv(draw)
+                | _padding(draw)
+                | {"segment": draw.sizes["segment"], "rule": "gamma", "feature": sparse(draw)}
+            ),
             "gated": lambda draw: _kv(draw) | {"segment": draw.sizes["segment"]} | _weighed(draw),
         },
     ),
@@ -192,6 +204,7 @@ CASES: dict[str, OpCase] = {
         {
             "linear": _infini,
             "delta": lambda draw: _infini(draw, rule="delta", feature=_feature(draw)),
+            "gamma": lambda draw: _infini(draw, rule="gamma", feature=sparse(draw)),
             "segments": lambda draw: _infini(draw, window=None),
             "continued": _continued,
             "gated": lambda draw: _infini(draw, **_weighed(draw)),
@@ -206,6 +219,7 @@ CASES: dict[str, OpCase] = {
         {
             "linear": _token,
             "delta": lambda draw: _token(draw, rule="delta", feature=_feature(draw)),
+            "gamma": lambda draw: _token(draw, rule="gamma", feature=sparse(draw)),
             "gated": lambda draw: _token(draw, **_weighed(draw)),
             "active": lambda draw: _token(draw) | {"active": draw.mask("batch")},
         },
