@@ -92,10 +92,11 @@ def scan_novel_norms(
     norms = k.new_empty(batch, heads, count, width, dtype=torch.float32)
     last = k.new_empty(batch, heads, width, dtype=torch.float32)
     past_k, _, past = past_tokens(layout)
+    sizes = tiles_of("_memory_scan_gamma_kernel", k.device, width, k.element_size())
     _memory_scan_gamma_kernel[(batch * heads,)](
         k, past_k, scale, bias, layout.position, layout.length, contiguous(norm), norms, last, eps,
         *k.stride()[:3], heads, tokens, count, layout.segment, past,
         K=width, PARTIAL=layout.partial, BK=padded(width),
-        **tiles_of("_memory_scan_gamma_kernel", k.device, width, k.element_size()),
+        **{**sizes, "BT": min(sizes["BT"], padded(layout.segment))},
     )  # fmt: skip
     return norms, last

@@ -89,7 +89,7 @@ def test_every_option(changes: str, shape: tuple[int, int, int], dtype: torch.dt
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (19, 1, 1), (67, 17, 3), (200, 300, 300), (2100, 1000, 64)], ids=str
 )
-@pytest.mark.parametrize("changes", ["", "local", "delta stream"])
+@pytest.mark.parametrize("changes", ["", "local", "delta stream", "gamma stream"])
 def test_windows_and_segments_of_any_size(
     changes: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -119,12 +119,12 @@ MEMORY = {"_rotate_kernel", "_memory_fold_forward_kernel", "_memory_fold_backwar
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("key", "value"), WIDTHS)
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "gamma"])
 @pytest.mark.parametrize("detach", ["", "cut", "full", "two"])
 def test_only_kernels_run(
     detach: str, rule: str, key: int, value: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = layer(f"learned {'delta' if rule == 'delta' else ''} {detach}")
+    case = layer(f"learned {'' if rule == 'linear' else rule} {detach}")
     inputs = case.inputs("changed", dtype, device="cuda", **sized(131, 131, 67, key=key, value=value))
     launches = Launches(monkeypatch)
     case.results(partial(case.call, function=partial(case.public, backend="fused")), inputs)
