@@ -194,9 +194,9 @@ LAYER = (
     "learned tanh apart padded stream by-row", "gamma", "gamma two padded stream",
 )  # fmt: skip
 WINDOW = ("", "local", "padded", "local padded", "no-rope", "apart", "apart padded by-row", "long")
-DECODE = tuple(f"{variant}/{change}" for variant, change in product(
+DECODE = (*(f"{variant}/{change}" for variant, change in product(
     ("linear", "delta", "active"), ("plain", "tanh", "bias", "local", "no memory", "no rope", "rope by row"),
-) if (variant, change) != ("delta", "no memory")) + ("gamma/plain", "gamma/local")  # fmt: skip
+) if (variant, change) != ("delta", "no memory")), "gamma/plain", "gamma/local")  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "layer": Family(LAYER, _attention, layer, 8),
     "window": Family(WINDOW, _attention, window, 3),
