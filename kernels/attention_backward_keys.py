@@ -19,7 +19,7 @@ from newllm.kernels.common import LOG2E, cast, dot, padded, precision
 from newllm.kernels.tiles import tiles_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "tiles"])
 def _infini_attention_backward_keys_kernel(
     q, k, v, do, lse, delta, dk, dv, position, length,
     q_strides, k_strides, v_strides, do_strides,

@@ -21,7 +21,7 @@ from newllm.kernels.common import cast, dot, features, padded, precision
 from newllm.kernels.tiles import tiles_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "GROUP", "T", "P", "S", "W", "N", "tiles"])
 def _infini_attention_backward_prepare_kernel(
     q, v, out, do, queries, delta, pulls, shares, sums, cos, sin, states, norms, gate, scale, bias,
     position, length, q_strides, v_strides, out_strides, do_strides, rope_strides,

@@ -28,7 +28,7 @@ from newllm.kernels.tiles import tiles_of
 TILE_BYTES = 32768
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "tiles"])
 def _infini_attention_backward_queries_kernel(
     q, rotated, k, v, do, lse, delta, pulls, shares, dq, dfeature,
     cos, sin, states, norms, scale, bias, position, length,

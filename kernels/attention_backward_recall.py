@@ -12,7 +12,7 @@ from newllm.kernels.common import cast, dot, features, padded, product_types
 from newllm.kernels.tiles import tiles_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "S", "N", "tiles"])
 def _infini_attention_backward_recall_kernel(
     q, do, pulls, shares, scale, bias, dstates, dnorms, position, length, q_strides, do_strides,
     H, HKV, T, S, N, tiles,

@@ -22,7 +22,7 @@ from newllm.kernels.common import LOG2E, padded, precision
 from newllm.kernels.tiles import tiles_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "tiles"])
 def _infini_attention_backward_slopes_kernel(
     q, k, v, do, lse, delta, exact, gate, sums, position, length,
     q_strides, k_strides, v_strides, do_strides,

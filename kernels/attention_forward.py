@@ -35,7 +35,7 @@ TILE_BYTES = 65536
 LOADED = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "P", "S", "W", "N", "tiles"])
 def _infini_attention_forward_kernel(
     q, keys, v, out, lse, squares, cos, sin, states, norms, gate, scale, bias, position, length,
     q_strides, k_strides, v_strides, rope_strides,

@@ -24,7 +24,7 @@ from newllm.kernels.memory_layout import (
 from newllm.kernels.tiles import CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "N"])
 def _memory_fold_backward_curvature_kernel(
     gradients, states, curvatures, g_b, g_h, g_j, m_b, m_h, m_j, HKV, N, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +86,7 @@ def _norm_of_tokens(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "T", "N", "S", "P"])
 def _memory_fold_backward_norm_kernel(
     k, past_k, scale, bias, position, length, curvatures, norms, factors, out, eps,
     k_b, k_h, k_t, c_b, c_h, c_j, n_b, n_h, n_j, HKV, T, N, S, P,

@@ -49,7 +49,7 @@ def _fold_tokens(
     return added, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "T", "N", "S", "P"])
 def _memory_fold_forward_kernel(
     k, v, past_k, past_v, scale, bias, position, length, norms, added, added_norm, eps,
     k_b, k_h, k_t, v_b, v_h, v_t, n_b, n_h, n_j, HKV, T, N, S, P,
@@ -150,7 +150,7 @@ def _correct_tokens(
     return matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "T", "N", "S", "P"])
 def _memory_fold_forward_correction_kernel(
     k, past_k, scale, bias, position, length, norms, factor, corrections, eps,
     k_b, k_h, k_t, n_b, n_h, n_j, HKV, T, N, S, P,

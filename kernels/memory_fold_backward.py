@@ -174,7 +174,7 @@ def _deposit(base, x, t0, hi, c0, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.
     store_tokens(base, x, t0, hi, WIDTH, c0, WIDTH, BT, BC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "T", "N", "S", "P", "ROWS", "FIRST", "PAST_ROWS"])
 def _memory_fold_backward_kernel(
     k, v, past_k, past_v, scale, bias, position, length, gradients, norm_gradients, weight, curvatures, norms,
     factors, dk, dv, dpast_k, dpast_v, dscale, dbias, eps,

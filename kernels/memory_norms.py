@@ -31,7 +31,7 @@ def _novel_features(
     return f * novelty(f, z, eps, K, BK)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "T", "N", "S", "P"])
 def _memory_scan_gamma_kernel(
     k, past_k, scale, bias, position, length, initial, norms, last, eps,
     k_b, k_h, k_t, HKV, T, N, S, P,

@@ -43,7 +43,7 @@ def _chunk(T, H, HKV, CHUNK):
     return head, head // H * HKV + kv, kv, lo, tl.minimum(lo + CHUNK, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "CHUNK"])
 def _memory_retrieve_forward_kernel(
     q, matrix, norm, scale, bias, out, eps, q_b, q_h, q_t, H, HKV, T, CHUNK,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -105,7 +105,7 @@ def retrieve(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "CHUNK"])
 def _memory_retrieve_backward_queries_kernel(
     q, gradient, matrix, norm, scale, bias, dq, dnorm, dscale, dbias, eps,
     q_b, q_h, q_t, g_b, g_h, g_t, H, HKV, T, CHUNK,
@@ -157,7 +157,7 @@ def _memory_retrieve_backward_queries_kernel(
         tl.store(dbias + pid, tl.sum(biases, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "HKV", "T", "CHUNK"])
 def _memory_retrieve_backward_memory_kernel(
     q, gradient, norm, scale, bias, dmatrix, eps, q_b, q_h, q_t, g_b, g_h, g_t, H, HKV, T, CHUNK,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

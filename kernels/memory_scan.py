@@ -50,7 +50,7 @@ def _carry(
     tl.store(last + head * E + elements, total.to(tl.float32), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "N"])
 def _memory_scan_linear_kernel(
     added, initial, before, last, added_norm, initial_norm, before_norm, last_norm, weight, HKV, N, E, K,
     REVERSE: tl.constexpr, DOUBLE: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr,
@@ -163,7 +163,7 @@ def _correction(
     return taken
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _memory_scan_delta_kernel(
     added, corrections, initial, before, last, N, K: tl.constexpr, V: tl.constexpr,
     REVERSE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -220,7 +220,7 @@ def scan_delta(
     return before, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HKV", "N"])
 def _memory_scan_backward_step_kernel(
     after, before, final, written, corrections, out, initial, HKV, N, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,

@@ -29,7 +29,7 @@ class Keys(NamedTuple):
     squares: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "tiles"])
 def _rotate_kernel(
     x, out, squares, cos, sin, x_strides, rope_strides, H, T, tiles,
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr,

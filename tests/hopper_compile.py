@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -15,24 +14,9 @@ from newllm.kernels import attention_hopper_forward, attention_hopper_keys, atte
 from newllm.kernels.attention_backward_prepare import Prepared
 from newllm.kernels.attention_layout import Attention, Recall
 from newllm.kernels.rotate import Keys
+from tests.hopper_driver import Hopper
 
 B, H, HKV, T, D, S = 1, 4, 2, 256, 128, 64
-
-
-class Hopper:
-    """The part of a driver that compiling needs."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return device
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def only_compile(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:

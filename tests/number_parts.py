@@ -9,7 +9,7 @@ from tests.reliability_parts import Options, Verdict, in_parts, judges, summary
 from tests.row_families import DRAWS, LARGE, SECOND_LOOK, SMALL, Row, group, share
 
 # 15,360 rows in 60 parts; a group is compiled once for all its rows.
-ROWS, GROUPS_A_PART, ROWS_A_GROUP = 15_360, 32, 8
+ROWS, GROUPS_A_PART, ROWS_A_GROUP = 15_360, 8, 32
 FUZZ, CASES_A_PART, CASES_A_TASK = 10_000, 500, 20
 
 

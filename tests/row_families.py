@@ -197,13 +197,15 @@ WINDOW = ("", "local", "padded", "local padded", "no-rope", "apart", "apart padd
 DECODE = (*(f"{variant}/{change}" for variant, change in product(
     ("linear", "delta", "active"), ("plain", "tanh", "bias", "local", "no memory", "no rope", "rope by row"),
 ) if (variant, change) != ("delta", "no memory")), "gamma/plain", "gamma/local")  # fmt: skip
+# A memory's sizes and its ring's, which one model has once.
+_RING = ("heads", "kv_heads", "window", "segment")
 FAMILIES: dict[str, Family] = {
     "layer": Family(LAYER, _attention, layer, 8),
     "window": Family(WINDOW, _attention, window, 3),
     "memory_update": Family((*VARIANTS["memory_update"],), _memory, _remembered("memory_update"), 2),
     "memory_scan": Family((*VARIANTS["memory_scan"],), _memory, _remembered("memory_scan"), 2),
     "memory_retrieve": Family((*VARIANTS["memory_retrieve"],), _memory, _remembered("memory_retrieve"), 1),
-    "decode": Family(DECODE, _decode, lambda option: decode(*option.split("/")), 3),
+    "decode": Family(DECODE, _decode, lambda option: decode(*option.split("/")), 3, ("key", "value", *_RING)),
     "context_sweep": Family(("context", "gated"), _sweep, _swept, 3),
     "gemv": Family((*CASES["gemv"].variants,), _vectors, _multiplied, 2, ("batch", "width")),
 }
