@@ -144,23 +144,39 @@ def _linear(
 
 
 @triton.jit
-def _correction(
+def _corrected(
     corrections, matrix, x, v0, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``A' x`` for A' ``[K, K]`` and columns ``x [BK, BV]`` from v0 on, also in ``matrix [K, V]``."""
-    taken = tl.zeros((BK, BV), tl.float32)
+    """``x - A' x`` for A' ``[K, K]`` and columns ``x [BK, BV]`` from v0 on, also in ``matrix [K, V]``.
+
+    Behind a small norm A' is large, and what float32 rounds off its products more than twice what the tokens'
+    own products lose: those are float64 where inputs are float32.
+    """
+    number: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+    left = x.to(number)
     if BT >= BK:
         # [BK, BK]
-        taken = dot(load_matrix(corrections, 0, 0, K, K, BK, BK), x, taken, PRECISION)
+        correction = load_matrix(corrections, 0, 0, K, K, BK, BK)
+        left -= _product(correction, x, number, PRECISION)
     else:
         for i in tl.range(0, (K + BT - 1) // BT):
             # [BK, BT]
             correction = load_matrix(corrections, 0, i * BT, K, K, BK, BT)
             # [BT, BV]
             part = load_matrix(matrix, i * BT, v0, K, V, BT, BV)
-            taken = dot(correction, part, taken, PRECISION)
-    return taken
+            left -= _product(correction, part, number, PRECISION)
+    return left.to(tl.float32)
+
+
+@triton.jit
+def _product(a, b, number: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b`` in ``number``."""
+    if number == tl.float64:
+        product = tl.dot(a.to(number), b.to(number), out_dtype=number)
+    else:
+        product = dot(a, b, None, PRECISION)
+    return product
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -185,7 +201,7 @@ def _memory_scan_delta_kernel(
             # The whole column block is needed at each step, in parts: other threads read what these write.
             store_matrix(last, x, 0, v0, K, V, BK, BV)
             tl.debug_barrier()
-        x -= _correction(corrections + segment * K * K, last, x, v0, K, V, BT, BK, BV, PRECISION)
+        x = _corrected(corrections + segment * K * K, last, x, v0, K, V, BT, BK, BV, PRECISION)
         if BT < BK:
             tl.debug_barrier()
         if added is not None:
@@ -237,7 +253,7 @@ def _memory_scan_backward_step_kernel(
             # [BK, BV]
             x = load_matrix(after + segment * K * V, 0, v0, K, V, BK, BV)
             if corrections is not None:
-                x -= _correction(
+                x = _corrected(
                     corrections + segment * K * K, after + segment * K * V, x, v0, K, V, BT, BK, BV, PRECISION
                 )
         if before is not None:
