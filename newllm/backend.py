@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from itertools import product
 from types import TracebackType
 from typing import Literal, NamedTuple, get_args
 
@@ -150,14 +152,19 @@ def sweep_limit(device: int, width: int = 1, **sizes: int) -> str | None:
     """
     if "cuda" not in FUSED["context_sweep"] or torch.compiler.is_compiling():
         return None
+    return _refusal(device, width=width, **(sizes or {"layers": 1}))
+
+
+@cache
+def _refusal(device: int, **sizes: int) -> str | None:
+    """Why some sweep of these sizes cannot run, in either direction, of a single row or of many."""
     module = import_module("newllm._C")
-    sizes |= {"width": width, "runs": 1, "device": device}
-    if "hidden" in sizes:
-        plan = module.plan_gated_sweep(adjoint=True, bfloat16=False, **sizes)
-    else:
-        plan = module.plan_context_sweep(adjoint=True, bfloat16=False, **{"layers": 1, **sizes})
-    reason: str | None = plan.reason
-    return reason
+    plan = module.plan_gated_sweep if "hidden" in sizes else module.plan_context_sweep
+    for adjoint, runs in product((False, True), (1, 1024)):
+        reason: str | None = plan(adjoint=adjoint, runs=runs, bfloat16=False, device=device, **sizes).reason
+        if reason is not None:
+            return reason
+    return None
 
 
 def build_info() -> dict[str, str]:

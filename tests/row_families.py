@@ -138,7 +138,8 @@ def _decode(choose: random.Random, scale: Scale, option: str, dtype: torch.dtype
 def _sweep(choose: random.Random, scale: Scale, option: str, dtype: torch.dtype) -> Sizes:
     # A layer norm of two or three numbers that happen to be close multiplies any error without bound.
     width = geometric(choose, 8, scale.context)
-    hidden = {"hidden": geometric(choose, 1, scale.context)} if option == "gated" else {}
+    # A single hidden unit has no room beside a wide context: the kernels decline it.
+    hidden = {"hidden": geometric(choose, 2, scale.context)} if option == "gated" else {}
     layers = choose.randint(0, 3) if option == "gated" else choose.choice([1, 1, 2, 3])
     sizes = {"batch": geometric(choose, 1, 40), "tokens": geometric(choose, 1, min(64, scale.tokens))}
     return {**sizes, "input": choose.choice([5, 16]), "width": width, **hidden, "layers": layers}

@@ -226,7 +226,10 @@ def test_gradients_of_block_are_those_of_the_recurrence() -> None:
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
-    assert backend.sweep_limit(0, 60000) == "a row is wider than a block's shared memory holds"
+    refused = "a row is wider than a block's shared memory holds"
+    assert backend.sweep_limit(0, 60000) == refused
+    # One hidden unit is one block's, and with it all gates; the adjoint alone would have room.
+    assert backend.sweep_limit(0, 919, hidden=1, deeper=2) == refused
     sizes = {"batch": 2, "tokens": 3, "input": 16, "width": 40, "hidden": 30, "layers": 1}
     given = CASE.inputs("gated", F32, device="cuda", **sizes) | {"method": "jacobi"}
     with pytest.raises(ValueError, match="cannot run context_jacobi: it takes the context cell alone"):
