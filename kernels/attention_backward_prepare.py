@@ -17,7 +17,7 @@ from newllm.kernels.attention_tiles import (
     row_facts,
     two_halves,
 )
-from newllm.kernels.common import cast, dot, features, padded, precision
+from newllm.kernels.common import cast, dot, features, fusion, padded, precision
 from newllm.kernels.tiles import tiles_of
 
 
@@ -178,6 +178,6 @@ def prepare(
         layout.segments(tokens), tiles, recall.eps,
         K=key_width, V=value_width, BK=bk, BV=bv,
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, PRECISION=precision(q.dtype),
-        **sizes,
+        **fusion(min(bk, value_width)), **sizes,
     )  # fmt: skip
     return Prepared(delta, pull, share, None if sums is None else sums.sum((0, 2)))

@@ -124,6 +124,15 @@ def product_types(dtype: torch.dtype) -> dict[str, Any]:
     return {"DTYPE": tl.float32 if wide else tl.bfloat16, "PRECISION": precision(dtype)}
 
 
+def fusion(width: int) -> dict[str, bool]:
+    """Launch option of kernels that sum products over rows of ``width``.
+
+    Where a thread has one product of a row, the compiler makes it one operation with the first exchange
+    between threads, and threads that should hold the same sum differ in its last bit.
+    """
+    return {"enable_fp_fusion": padded(width) > 16}
+
+
 def padded(width: int) -> int:
     """The tile width that holds ``width`` elements."""
     # Plain integers: Triton's own helpers take microseconds a call.

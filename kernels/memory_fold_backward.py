@@ -14,6 +14,7 @@ from newllm.kernels.common import (
     dot,
     features,
     features_slope,
+    fusion,
     memory_dtype,
     novelty,
     padded,
@@ -288,7 +289,8 @@ def fold_backward(
         *gradients.matrix.stride()[:3], *curvature.stride()[:3], *z.stride()[:3],
         heads, tokens, count, layout.segment, past, rows, first, past_rows,
         K=width, V=columns, PARTIAL=layout.partial, CHUNK=CHUNK, ADD=onto is not None, BK=padded(width),
-        **product_types(k.dtype), STATES=state_precision(k.dtype), NOVEL=novel, **sizes,
+        **product_types(k.dtype), STATES=state_precision(k.dtype), NOVEL=novel, **fusion(width),
+        **sizes,
     )  # fmt: skip
     dscale, dbias = (None if x is None else x.sum((0, 2)) for x in (dscale, dbias))
     return TokenGradients(dk, dv, dpast_k, dpast_v, dscale, dbias)

@@ -9,11 +9,13 @@ import torch
 
 from tests.reliability_parts import Options
 from tests.sanitizer_parts import (
+    KERNELS,
     PARTS,
     TOOLS,
     Launched,
     _mine,
     gpu_only,
+    hazards,
     kernels,
     missing,
     rows,
@@ -58,6 +60,24 @@ def test_every_tool_sees_every_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(lines) == len(TOOLS) * PARTS
     assert lines[0].startswith("compute-sanitizer --tool memcheck --error-exitcode 66 --print-limit 5 ")
     assert lines[0].endswith("sanitize-rows --device cuda --part 1/10 --out FOLDER")
+
+
+def _hazard(kernel: str, file: str, *lines: int) -> list[str]:
+    places = [f"Write access at {kernel}+0x3a0 in {file}:{line}" for line in lines]
+    return [f"========= Error: Race reported between {places[0]}",
+            *(f"=========     and {place} [13 hazards]" for place in places[1:]), "========= "]  # fmt: skip
+
+
+def test_hazards_of_the_compilers_dispatch_are_told_apart() -> None:
+    kernel, file = "_infini_attention_forward_hopper_kernel", "attention_hopper_forward.py"
+    lines = [line.strip() for line in (KERNELS / file).read_text(encoding="utf-8").splitlines()]
+    start, sent = lines.index(f"def {kernel}(") + 1, lines.index("gl.warp_specialize(") + 1
+    dispatch, own = _hazard(kernel, file, start, sent), _hazard(kernel, file, start, sent + 3)
+    portable = _hazard("_rotate_kernel", "rotate.py", 33, 33)
+    assert hazards([*dispatch, *dispatch]) == ([], 2)
+    real, dispatched = hazards([*own, *dispatch, *portable])
+    assert dispatched == 1 and len(real) == len(own) + len(portable)
+    assert f":{sent + 3}" in real[1] and "rotate.py:33" in real[3]
 
 
 def test_without_a_gpu_the_tools_are_not_run(tmp_path: Path) -> None:
