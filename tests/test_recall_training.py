@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from newllm.cli import main
 from newllm.cli.presets import preset_path
 from newllm.data.passkey import byte_passkey, training_batch
 from newllm.data.recall.drafts import language
+from newllm.data.recall.stories import story_drafting
 from newllm.data.tokenizer import QUESTION_TOKEN, byte_tokenizer
 from newllm.evaluation.intervals import wilson95
 from newllm.training.batches import NeedleBatches
@@ -130,6 +132,24 @@ def test_suites_in_words_are_trained_on_as_they_are_tested() -> None:
             if asked.endswith("is"):
                 assert float(segments[place // 64]) == 1.0
     assert len(seen) >= 2
+
+
+def test_stories_ask_about_as_many_people_as_fit() -> None:
+    config = TaskConfig(suites=["qa1"], lengths=[200, 700], tokens_per_step=7000, questions=4, dilution=1.0)
+    batches = SuiteBatches(language(byte_tokenizer(), PROSE * 4), config, segment=64, steps=4, seed=0)
+    solve, numbers = story_drafting("qa1")[1], {0: set[int](), 3: set[int]()}
+    for step, seen in numbers.items():
+        made = batches.batch(step)
+        for ids, weight in zip(made["input_ids"], made["loss_weight"], strict=True):
+            text, counted = bytes(ids.tolist()).decode(), (weight > weight.min()).tolist()
+            starts = [n for n in range(1, len(text)) if counted[n] and not counted[n - 1]]
+            seen.add(len(starts))
+            assert len({text[:start].split()[-2] for start in starts}) == len(starts)
+            for start in starts:
+                (answer,) = solve(text[:start], Random(0))
+                assert text[start:].startswith(f" {answer}")
+                assert sum(counted[start : start + len(answer) + 2]) == len(answer) + 1
+    assert numbers == {0: {1, 2}, 3: {3, 4}}
 
 
 def test_a_share_of_the_samples_of_suites_is_text_alone() -> None:

@@ -116,6 +116,7 @@ class TaskConfig:
         shift: let up to a segment of text follow the answers, so that questions stand anywhere in theirs.
         text_weight: weight of the text's own loss beside that of the answers, 1.
         dilution: most that a segment without the key may count, 1 for no dilution (linear rule).
+        questions: most that a sample asks, one after the other, where its suite knows of more (qa1).
     """
 
     suites: list[str] = field(default_factory=lambda: ["passkey"])
@@ -130,6 +131,7 @@ class TaskConfig:
     shift: bool = False
     text_weight: float = 0.1
     dilution: float = 1024.0
+    questions: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what would be found out only with a batch at hand.
@@ -144,7 +146,7 @@ class TaskConfig:
             raise ValueError(f"task.lengths must be at least 1, got {self.lengths}")
         if not 0 <= self.needle_share <= 1:
             raise ValueError(f"task.needle_share must be between 0 and 1, got {self.needle_share}")
-        at_least = {"tokens_per_step": max(self.lengths), "max_rows": 1, "key_length": 1}
+        at_least = {"tokens_per_step": max(self.lengths), "max_rows": 1, "key_length": 1, "questions": 1}
         check_least(self, "task", {**at_least, "text_weight": 0, "dilution": 1})
         shares = self.edge, self.straddle, self.near
         if min(shares) < 0 or sum(shares) > 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.recall.drafts import Encoded, Language, encoded, written
-from newllm.data.recall.prompts import Written, cell_seed
+from newllm.data.recall.prompts import GIVEN, Written, cell_seed
 from newllm.data.recall.suites import drafting
 from newllm.training.config import TaskConfig
 from newllm.training.dilution import diluted
@@ -57,11 +57,13 @@ class SuiteBatches:
         return batch | diluted(kept, config.dilution, progress, generator)
 
     def _plan(self, length: int, random: Random) -> Encoded:
-        """A draft that fits ``length`` tokens."""
+        """A draft that fits ``length`` tokens, with as many questions as do."""
         while True:
-            plan = encoded(self.words, random.choice(self.drafts)(self._depth(random), random))
-            if _least(plan) <= length:
-                return plan
+            draft = random.choice(self.drafts)(self._depth(random), random)
+            for questions in range(min(self.config.questions, 1 + len(draft.more)), 0, -1):
+                plan = encoded(self.words, draft, questions)
+                if _least(plan) <= length:
+                    return plan
 
     def _row(self, length: int, step: int, row: int, *, asks: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[length]``, and which segments hold a needle ``[ceil(length / segment)]``.
@@ -91,11 +93,14 @@ class SuiteBatches:
 
     def _filled(self, made: Written, length: int, random: Random) -> tuple[Tensor, Tensor, Tensor]:
         """The prompt, its answer, and filler behind it."""
-        answer = torch.tensor([token for piece in made.pieces for token in piece])
+        pieces = [*zip(made.pieces, made.parts, strict=True)]
+        answer = torch.tensor([token for piece, _ in pieces for token in piece])
         end = len(made.prompt) + len(answer)
         ids = torch.cat([made.prompt, answer, self._filler(length - end, random)])
         weight = torch.zeros(length)
-        weight[len(made.prompt) : end] = 1.0
+        # Not what is given between the answer's parts: a comma, or a further question.
+        asked = [part != GIVEN for piece, part in pieces for _ in piece]
+        weight[len(made.prompt) : end] = torch.tensor(asked, dtype=weight.dtype)
         first = torch.arange(0, length, self.segment)
         kept = torch.zeros(len(first), dtype=torch.bool)
         for start, stop in made.spans:

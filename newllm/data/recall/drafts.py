@@ -40,7 +40,7 @@ class Draft(NamedTuple):
     """A prompt in words: ``head``, filler with ``needles`` at ``places`` (rising, 0 to 1), ``question``.
 
     The answer's parts are ``answer``, with ``glue`` between them. ``hay`` writes a sentence of the filler,
-    None for the language's own text.
+    None for the language's own text. ``more`` are further questions with an answer each, for training.
     """
 
     head: str
@@ -50,6 +50,7 @@ class Draft(NamedTuple):
     answer: Sequence[str]
     glue: str = ","
     hay: Callable[[Random], str] | None = None
+    more: Sequence[tuple[str, str]] = ()
 
 
 class Encoded(NamedTuple):
@@ -110,11 +111,11 @@ def drafted_suite(name: str, words: Language, draft: Drafting, solve: Solving) -
     return Suite(name, prompts, solved)
 
 
-def encoded(words: Language, draft: Draft) -> Encoded:
-    """``draft`` in the tokens of ``words``."""
+def encoded(words: Language, draft: Draft, questions: int = 1) -> Encoded:
+    """``draft`` in the tokens of ``words``; of its ``questions`` those behind the first are given pieces."""
     needles = [words.encode(needle) for needle in draft.needles]
     head, question = words.encode(draft.head), words.encode(draft.question)
-    return Encoded(draft, head, needles, question, *_answer_pieces(words, draft))
+    return Encoded(draft, head, needles, question, *_answer_pieces(words, draft, questions))
 
 
 def written(words: Language, plan: Encoded, length: int, random: Random) -> Written:
@@ -144,13 +145,15 @@ def written(words: Language, plan: Encoded, length: int, random: Random) -> Writ
     return Written(prompt, plan.pieces, plan.parts, len(plan.question), spans)
 
 
-def _answer_pieces(words: Language, draft: Draft) -> tuple[list[list[int]], list[int]]:
+def _answer_pieces(words: Language, draft: Draft, questions: int) -> tuple[list[list[int]], list[int]]:
     """The answer's token ids piece by piece, and which part each piece belongs to."""
     pieces: list[list[int]] = []
     numbers: list[int] = []
-    for number, part in enumerate(draft.answer):
+    more = draft.more[: questions - 1]
+    between = [*[draft.glue] * (len(draft.answer) - 1), *(question for question, _ in more)]
+    for number, part in enumerate([*draft.answer, *(answer for _, answer in more)]):
         if number:
-            pieces.append(words.encode(draft.glue).tolist())
+            pieces.append(words.encode(between[number - 1]).tolist())
             numbers.append(GIVEN)
         pieces.append(words.encode(f" {part}").tolist())
         numbers.append(number)

@@ -23,12 +23,16 @@ _SIDES = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 class Story(NamedTuple):
-    """``facts`` in order, ``decisive`` the one that is put at a depth, ``question`` and ``answer``."""
+    """``facts`` in order, ``decisive`` the one that is put at a depth, ``question`` and ``answer``.
+
+    ``more`` are further questions that the facts answer, with the answers.
+    """
 
     facts: list[str]
     decisive: int
     question: str
     answer: str
+    more: tuple[tuple[str, str], ...] = ()
 
 
 def story_drafting(name: str) -> tuple[Drafting, Solving]:
@@ -46,8 +50,9 @@ def _draft(tell: Callable[[Random], Story], depth: float | None, random: Random)
     else:
         places = [*sorted(depth * random.random() for _ in range(before)), depth]
         places += sorted(depth + (1 - depth) * random.random() for _ in range(after))
-    question = f"\nQuestion: {story.question} Answer:"
-    return Draft("", [f"{fact}\n" for fact in story.facts], places, question, [story.answer])
+    question, *others = (f"\nQuestion: {each} Answer:" for each in (story.question, *dict(story.more)))
+    more = [*zip(others, dict(story.more).values(), strict=True)]
+    return Draft("", [f"{fact}\n" for fact in story.facts], places, question, [story.answer], more=more)
 
 
 def _move(person: str, place: str, random: Random) -> str:
@@ -61,7 +66,10 @@ def _qa1(random: Random) -> Story:
     ]
     person = random.choice(facts).split()[0]
     decisive = max(number for number, fact in enumerate(facts) if fact.startswith(person))
-    return Story(facts, decisive, f"Where is {person}?", _place_of(facts[decisive]))
+    at = {fact.split()[0]: _place_of(fact) for fact in facts}
+    answer = at.pop(person)
+    more = tuple((f"Where is {other}?", place) for other, place in at.items())
+    return Story(facts, decisive, f"Where is {person}?", answer, more)
 
 
 def _place_of(fact: str) -> str:
