@@ -101,7 +101,7 @@ def _infini_attention_backward_prepare_kernel(
             # From that very difference: for float32 what it lacks is found in the slopes' sums, for both.
             shift = tl.where(g == 1, 0.0, shift - g / (1 - g) * excess)
         shift = tl.where(single, own, shift)
-        tl.store(delta + rows, shift, mask=real)
+        tl.store(delta + rows, tl.where(real, shift, 0.0), mask=row < end)
 
 
 @triton.jit

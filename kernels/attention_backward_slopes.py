@@ -62,7 +62,7 @@ def _infini_attention_backward_slopes_kernel(
             BS, FACTOR, True, PRECISION,
         )  # fmt: skip
         residue += tl.sum(slopes, 1)
-    tl.store(exact + head * T + row, shift + residue, mask=real)
+    tl.store(exact + head * T + row, tl.where(real, shift + residue, 0.0), mask=row < end)
     if gate is not None:
         tl.store(sums + program, (1 - tl.load(gate + h)) * tl.sum(tl.where(real, residue, 0.0)))
 

@@ -80,8 +80,10 @@ def _infini_attention_forward_kernel(
         )  # fmt: skip
     real = row < tl.minimum(end, count)
     base = head * T + first
-    level: tl.constexpr = lse.dtype.element_ty
-    tl.store(lse + base + tl.arange(0, BT), highest.to(level) + tl.log2(total.to(level)), mask=real)
+    number: tl.constexpr = lse.dtype.element_ty
+    # Padding too: what is done with all of lse reads it.
+    level = tl.where(real, highest.to(number) + tl.log2(total.to(number)), 0.0)
+    tl.store(lse + base + tl.arange(0, BT), level, mask=row < end)
     if gate is not None:
         share = tl.load(gate + h)
         acc = acc * ((1 - share) / total)[:, None]

@@ -99,7 +99,9 @@ def _consume(
         base = (b * H + h) * T + first
         line = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         real = first + line < gl.minimum(end, count)
-        gl.store(lse + base + line, highest + gl.log2(sums), mask=real)
+        # Padding too: what is done with all of lse reads it.
+        level = gl.where(real, highest + gl.log2(sums), 0.0)
+        gl.store(lse + base + line, level, mask=first + line < end)
         factor = 1.0 / sums
         if gate is not None:
             factor *= 1 - gl.load(gate + h)

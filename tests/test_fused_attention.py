@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from newllm.ops.attention_fused import attention
 from newllm.testing import CASES, DRAWS, Inputs, OpCase, mapped
 from newllm.types import FeatureMap
 from tests.attention_cases import SIZES, Launches, in_calls, judge, layer, window
@@ -76,6 +77,17 @@ LAYER: list[tuple[str, torch.dtype, dict[str, int]]] = [
     ("", F32, {"key": 96, "value": 7, "tokens": 20}),
     ("no-rope", F32, {"key": 35, "value": 80, "tokens": 20, "seed": 2}),
 ]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_nothing_that_is_kept_is_left_unwritten(dtype: torch.dtype, fused_device: str) -> None:
+    """Of padding neither: what the backward does with all rows of a result reads it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 45, 16, generator=generator).to(fused_device, dtype) for n in (2, 1, 1))
+    beta, length = torch.zeros(2).to(q), torch.tensor([45, 9], device=fused_device)
+    tensors = (q, k, v, beta, *(None,) * 5, length, None, None, None)
+    results = attention(*tensors, 16, 16, "sigmoid", "delta", 1e-6, None)
+    assert not any(x.isnan().any() for x in results)
 
 
 @pytest.mark.parametrize(("changes", "dtype", "sizes"), LAYER, ids=str)
