@@ -263,6 +263,15 @@ def test_several_sources_are_read_one_after_another(tmp_path: Path) -> None:
     assert both.validation.texts == own[0].validation.texts + own[1].validation.texts
 
 
+def test_datasets_of_the_hub_can_be_joined_too(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "own {n}"}}\n' for n in range(20)))
+    own, chat = str(tmp_path / "own.jsonl"), opened("ultrachat", tmp_path)
+    both = opened(f"{own}+ultrachat", tmp_path)
+    assert both.train.texts == open_source(own).train.texts + chat.train.texts
+    assert (both.asked, both.read) == (f"{own}+ultrachat", f"{own}+{chat.read}")
+    assert (both.stand_in, both.revision) == (None, chat.revision)
+
+
 def test_hash_of_documents_covers_their_borders() -> None:
     assert numbered("a", ["xy", "z"]).sha256 != numbered("a", ["x", "yz"]).sha256
     text = b"x"
@@ -279,6 +288,11 @@ def test_hash_of_documents_covers_their_borders() -> None:
             {"name": "sentences", "offline": "yes"},
             ValueError,
             "offline must be one of auto, error, got 'yes'",
+        ),
+        (
+            {"name": "ultrachat+dolly", "revision": "v1"},
+            ValueError,
+            "revision must be that of one dataset, got 'v1' for 'ultrachat\\+dolly'",
         ),
         ({"name": "sentences", "limit": 0}, ValueError, "limit must be at least 1, got 0"),
     ],

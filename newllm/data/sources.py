@@ -29,7 +29,7 @@ class Corpus(NamedTuple):
     """What is trained on: ``train`` and ``validation`` documents that share no text.
 
     ``asked`` is the name asked for; ``stand_in`` says why another text was ``read``, None if it was not.
-    ``revision`` is the commit of a dataset of the hub.
+    ``revision`` is the commit of a dataset of the hub, joined by ``+`` where there are several.
     """
 
     asked: str
@@ -78,9 +78,10 @@ def open_source(
     ``"fixed"`` (the dataset's own validation documents, or a fixed choice), or a text or JSONL file: read
     where it exists, written from the fixed choice first where it does not.
 
-    Raises ``ValueError`` for unknown names and for ``validation="auto_split"``, which would test on what was
-    trained; ``ConnectionError`` for a dataset out of reach under ``offline="error"``; and as
-    :func:`newllm.data.text.load_documents` and :func:`newllm.data.hub.hub_texts`.
+    Raises ``ValueError`` for unknown names, for a ``revision`` of several datasets and for
+    ``validation="auto_split"``, which would test on what was trained; ``ConnectionError`` for a dataset out
+    of reach under ``offline="error"``; and as :func:`newllm.data.text.load_documents` and
+    :func:`newllm.data.hub.hub_texts`.
     """
     if offline not in get_args(Offline):
         raise ValueError(f"offline must be one of {', '.join(get_args(Offline))}, got {offline!r}")
@@ -92,12 +93,17 @@ def open_source(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    if name in HUB:
-        corpus = _from_hub(name, offline, limit, subset, revision, mirror, cache)
-    elif Path(name).expanduser().exists() or "+" not in name:
-        corpus = _local(name, column, cache)
-    else:
-        corpus = _several(name, column, cache)
+    joined = "+" in name and not Path(name).expanduser().exists()
+    names = name.split("+") if joined else [name]
+    if revision is not None and sum(part in HUB for part in names) > 1:
+        raise ValueError(f"revision must be that of one dataset, got {revision!r} for {name!r}")
+    found = [
+        _from_hub(part, offline, limit, subset, revision, mirror, cache)
+        if part in HUB
+        else _local(part, column, cache)
+        for part in names
+    ]
+    corpus = _together(found) if joined else found[0]
     corpus = corpus._replace(train=corpus.train.first(limit))
     return corpus if validation == "fixed" else _with_file(corpus, Path(validation), column)
 
@@ -116,13 +122,15 @@ def coverage(train: np.ndarray, validation: np.ndarray) -> dict[str, float]:
     }
 
 
-def _several(names: str, column: str, cache: Path) -> Corpus:
-    """Local sources joined by ``+``, each with its own choice of documents to judge by."""
-    found = [_local(name, column, cache) for name in names.split("+")]
+def _together(found: list[Corpus]) -> Corpus:
+    """Sources joined by ``+``, each with its own choice of documents to judge by."""
+    asked, read = ("+".join(getattr(corpus, name) for corpus in found) for name in ("asked", "read"))
     train, validation = (
-        together(names, (getattr(corpus, part) for corpus in found)) for part in ("train", "validation")
+        together(read, (getattr(corpus, part) for corpus in found)) for part in ("train", "validation")
     )
-    return Corpus(names, names, None, without(train, validation), validation)
+    stand_ins = "; ".join(corpus.stand_in for corpus in found if corpus.stand_in) or None
+    revisions = "+".join(corpus.revision for corpus in found if corpus.revision) or None
+    return Corpus(asked, read, stand_ins, without(train, validation), validation, revisions)
 
 
 def _local(name: str, column: str, cache: Path) -> Corpus:
