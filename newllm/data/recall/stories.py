@@ -50,9 +50,10 @@ def _draft(tell: Callable[[Random], Story], depth: float | None, random: Random)
     else:
         places = [*sorted(depth * random.random() for _ in range(before)), depth]
         places += sorted(depth + (1 - depth) * random.random() for _ in range(after))
-    question, *others = (f"\nQuestion: {each} Answer:" for each in (story.question, *dict(story.more)))
-    more = [*zip(others, dict(story.more).values(), strict=True)]
-    return Draft("", [f"{fact}\n" for fact in story.facts], places, question, [story.answer], more=more)
+    ask = "\nQuestion: {} Answer:".format
+    more = [(ask(question), answer) for question, answer in story.more]
+    facts = [f"{fact}\n" for fact in story.facts]
+    return Draft("", facts, places, ask(story.question), [story.answer], more=more)
 
 
 def _move(person: str, place: str, random: Random) -> str:
