@@ -90,6 +90,12 @@ def exponential(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, b, PRECISE: tl.constexpr):
+    """``a / b`` in float32; PRECISE rounds it once, the device's own quotient errs by two ulp."""
+    return tl.div_rn(a, b) if PRECISE else a / b
+
+
+@triton.jit
 def features_slope(feature):
     """The derivative of ELU(u) + 1 by u, from its value."""
     return tl.minimum(feature, 1.0)

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm.kernels.attention_tiles import softmax_weights
-from newllm.kernels.common import LOG2E, dot, features, novelty, padded, wait_for_previous_kernel
+from newllm.kernels.common import (
+    LOG2E,
+    dot,
+    exponential,
+    features,
+    novelty,
+    padded,
+    quotient,
+    wait_for_previous_kernel,
+)
 from newllm.kernels.tiles import dependent_launch, tiles_of
 
 # Most of a split's keys or values: more would not fit the registers.
@@ -97,7 +106,8 @@ def _attend(
     total = tl.sum(weight, 0)
     some = tl.where(total > 0, total, 1.0)
     # [BV, BG]
-    mean = dot(tl.trans(v_tile.to(dtype)), weight.to(dtype), None, PRECISION) / some[None, :]
+    mean = dot(tl.trans(v_tile.to(dtype)), weight.to(dtype), None, PRECISION)
+    mean = quotient(mean, some[None, :], PRECISE)
     out = head * SPLITS + part
     tl.store(partial + out[None, :] * V + column[:, None], mean, mask=(head < G)[None, :] & wide[:, None])
     tl.store(lse + out, peak + tl.log2(some.to(lse.dtype.element_ty)), mask=head < G)
@@ -135,7 +145,7 @@ def _remember(
     # Beyond K the features are not zero, but matrix and norm are.
     wanted = features(query, scale, bias)
     found = dot(wanted, memory, None, PRECISION)
-    found /= tl.maximum(tl.sum(wanted * size, 1), eps)[:, None]
+    found = quotient(found, tl.maximum(tl.sum(wanted * size, 1), eps)[:, None], dtype == tl.float32)
     tl.store(recalled + head[:, None] * V + column[None, :], found, mask=real & wide[None, :])
 
     # The norm goes elsewhere first: the programs of other columns may still have to read it.
@@ -231,16 +241,18 @@ def _infini_decode_split_kernel(
 
 
 @triton.jit
-def _gate(beta, TANH: tl.constexpr):
+def _gate(beta, TANH: tl.constexpr, PRECISE: tl.constexpr):
     """How much of what is recalled enters the output."""
+    # Beyond it float32 knows 0 and 1 alone, and a power's correction would be infinity times zero.
+    beta = tl.clamp(beta, -87.0, 87.0, propagate_nan=tl.PropagateNan.ALL)
     if TANH:
         # The quotient cancels near zero, where the series is as exact as float32 is.
-        square, decay = beta * beta, tl.exp(-2 * tl.abs(beta))
+        square, decay = beta * beta, exponential(-2 * tl.abs(beta), PRECISE)
         series = beta * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * 62 / 2835))))
-        quotient = (1 - decay) / (1 + decay)
-        gate = tl.where(square < 0.0625, series, tl.where(beta < 0, -quotient, quotient))
+        far = quotient(1 - decay, 1 + decay, PRECISE)
+        gate = tl.where(square < 0.0625, series, tl.where(beta < 0, -far, far))
     else:
-        gate = 1 / (1 + tl.exp(-beta))
+        gate = quotient(1.0, 1 + exponential(-beta, PRECISE), PRECISE)
     return gate
 
 
@@ -261,15 +273,15 @@ def _infini_decode_combine_kernel(
     # One program a row moves the position, which no other of this kernel reads.
     first = live & (h == 0)
     count = tl.load(position + b * position_b, mask=first)
+    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     if beta is not None:
         # [BV]
         found = tl.load(recalled + row * V + column, mask=wide, other=0)
-        share = _gate(tl.load(beta + h).to(tl.float32), TANH)
+        share = _gate(tl.load(beta + h).to(tl.float32), TANH, PRECISE)
         deep = tl.arange(0, BK)
         mask = deep < tl.where(live & (h % G == 0), K, 0)
         # [BK]
         size = tl.load(after + row // G * K + deep, mask=mask, other=0)
-    PRECISE: tl.constexpr = lse.dtype.element_ty == tl.float64
     peak, total = tl.full([1], -1e30, lse.dtype.element_ty), tl.zeros([1], tl.float32)
     mixed = tl.zeros([BV], tl.float32)
     # What lies there for a paused row is read and thrown away: loads without a mask run side by side.
@@ -287,7 +299,7 @@ def _infini_decode_combine_kernel(
         mixed = mixed * decay + tl.sum(mean * weight[:, None], 0)
         total = total * decay + tl.sum(weight, 0)
         peak = higher
-    mixed /= tl.where(total > 0, total, 1.0)
+    mixed = quotient(mixed, tl.where(total > 0, total, 1.0), PRECISE)
     if beta is not None:
         mixed += share * (found - mixed)
         tl.store(norm + b * norm_b + h // G * norm_h + deep, size, mask=mask)

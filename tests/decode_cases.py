@@ -19,6 +19,7 @@ def changed(name: str, inputs: Inputs) -> Inputs:
     return {
         "plain": lambda: {},
         "tanh": lambda: {"gate": "tanh", "beta": beta / 8, "feature": FeatureMap(scale=scale)},
+        "far gates": lambda: {"beta": beta.sign() * torch.linspace(95, 900, len(beta)).to(beta)},
         "bias": lambda: {"feature": FeatureMap(bias=-scale), "rule": "delta"},
         "local": lambda: {"window": None},
         "no memory": lambda: {"beta": None, "state": inputs["state"]._replace(matrix=None, norm=None)},

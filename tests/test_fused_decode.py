@@ -55,6 +55,7 @@ FEW = [
     (SPLIT, "active", "rope by row", torch.float32),
     (SPLIT, "linear", "tanh", torch.float32),
     (SPLIT, "linear", "bias", torch.bfloat16),
+    ({**SMALL, "heads": 16, "kv_heads": 8}, "linear", "far gates", torch.float32),
     (SPLIT, "linear", "no memory", torch.float16),
     (YOUNG, "linear", "plain", torch.float32),
     (ODD, "linear", "local", torch.float32),
