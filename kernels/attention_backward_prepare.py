@@ -178,6 +178,6 @@ def prepare(
         layout.segments(tokens), tiles, recall.eps,
         K=key_width, V=value_width, BK=bk, BV=bv,
         LOCAL=layout.window is None, SEGMENTED=layout.segmented, PRECISION=precision(q.dtype),
-        **fusion(min(bk, value_width)), **sizes,
+        **fusion(min(bk // 2, value_width)), **sizes,
     )  # fmt: skip
     return Prepared(delta, pull, share, None if sums is None else sums.sum((0, 2)))

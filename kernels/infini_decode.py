@@ -189,6 +189,26 @@ def _remember(
 
 
 @triton.jit
+def _rest(
+    partial, lse, recalled, part,
+    G: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    BG: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Zeros of a paused row, which the second kernel reads before it knows."""
+    head = tl.arange(0, BG)
+    real = head < G
+    if part < SPLITS:
+        row, column = head * SPLITS + part, tl.arange(0, BV)
+        tl.store(lse + row, tl.zeros([BG], lse.dtype.element_ty), mask=real)
+        place, mask = partial + row[:, None] * V + column[None, :], real[:, None] & (column < V)[None, :]
+        tl.store(place, tl.zeros([BG, BV], tl.float32), mask=mask)
+    elif recalled is not None:
+        column = (part - SPLITS) * BM + tl.arange(0, BM)
+        place, mask = recalled + head[:, None] * V + column[None, :], real[:, None] & (column < V)[None, :]
+        tl.store(place, tl.zeros([BG, BM], tl.float32), mask=mask)
+
+
+@triton.jit
 def _infini_decode_split_kernel(
     q, k, v, keys, values, matrix, norm, position, active, cos, sin, feature_scale, feature_bias,
     partial, lse, recalled, after,
@@ -210,6 +230,11 @@ def _infini_decode_split_kernel(
     if active is not None:
         live = tl.load(active + b * active_b)
         if not live:
+            _rest(
+                partial + group * (G * SPLITS * V), lse + group * (G * SPLITS),
+                None if recalled is None else recalled + group * (G * V), part,
+                G, V, SPLITS, BG, BV, BM,
+            )  # fmt: skip
             return
     count = tl.load(position + b * position_b)
     q += b * q_b + h * G * q_h
@@ -284,7 +309,7 @@ def _infini_decode_combine_kernel(
         size = tl.load(after + row // G * K + deep, mask=mask, other=0)
     peak, total = tl.full([1], -1e30, lse.dtype.element_ty), tl.zeros([1], tl.float32)
     mixed = tl.zeros([BV], tl.float32)
-    # What lies there for a paused row is read and thrown away: loads without a mask run side by side.
+    # A paused row's zeros are read and thrown away: loads without a mask run side by side.
     for start in range(0, SPLITS, BN):
         split = start + tl.arange(0, BN)
         there = split < SPLITS

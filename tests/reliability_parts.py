@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -78,19 +79,49 @@ Judge = Callable[[Any], list[Verdict]]
 Judged = Callable[[Judge, Iterable[Any]], Iterator[list[Verdict]]]
 
 
+class _Process:
+    """A process that judges; after a task that raised, maybe for a lost device, another takes its place."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._start()
+
+    def _start(self) -> None:
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), prepare, (self._device,))
+
+    def end(self) -> None:
+        self._pool.shutdown()
+
+    def judged(self, judge: Judge, task: Any) -> list[Verdict]:
+        future = self._pool.submit(judge, task)
+        if (error := future.exception()) is None:
+            return future.result()
+        self.end()
+        self._start()
+        return [Verdict(str(task), "broken", 0.0, 0, f"{type(error).__name__}: {error}")]
+
+
 @contextmanager
 def judges(device: str, jobs: int) -> Iterator[Judged]:
     """``jobs`` processes that judge tasks as ``judge(task)``; a task that raises is a failure of its own."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (device,)) as pool:
-        yield partial(_judged, pool)
+    processes = [_Process(device) for _ in range(jobs)]
+    idle = SimpleQueue[_Process]()
+    for process in processes:
+        idle.put(process)
 
+    def judged(judge: Judge, task: Any) -> list[Verdict]:
+        process = idle.get()
+        try:
+            return process.judged(judge, task)
+        finally:
+            idle.put(process)
 
-def _judged(pool: Executor, judge: Judge, tasks: Iterable[Any]) -> Iterator[list[Verdict]]:
-    waiting: dict[Future[list[Verdict]], Any] = {pool.submit(judge, task): task for task in tasks}
-    for future, task in waiting.items():
-        error = future.exception()
-        told = f"{type(error).__name__}: {error}"
-        yield [Verdict(str(task), "broken", 0.0, 0, told)] if error else future.result()
+    try:
+        with ThreadPoolExecutor(jobs) as threads:
+            yield lambda judge, tasks: threads.map(partial(judged, judge), tasks)
+    finally:
+        for process in processes:
+            process.end()
 
 
 def summary(verdicts: Iterable[Verdict]) -> Result:

@@ -97,10 +97,14 @@ def geometric(choose: random.Random, low: int, high: int) -> int:
     return max(low, min(high, int(drawn)))
 
 
+def _float16_tokens(key: int) -> int:
+    """Beyond as many the float16 reference's own sums leave its range."""
+    return 10000 // key
+
+
 def _lengths(choose: random.Random, scale: Scale, dtype: torch.dtype, key: int) -> Sizes:
     """Tokens, window, segment, tokens before; multiples of 16 are other programs to a compiler."""
-    # Beyond this the float16 reference's own sums leave its range.
-    most = min(scale.tokens, 10000 // key) if dtype == torch.float16 else scale.tokens
+    most = min(scale.tokens, _float16_tokens(key)) if dtype == torch.float16 else scale.tokens
     step = choose.choice([1, 1, 16])
     tokens = -(-geometric(choose, 1, most) // step) * step
     segment = min(most, max(geometric(choose, 1, scale.segment), -(-tokens // 24)))
@@ -248,7 +252,18 @@ def group(number: int, scale: Scale, rows: int) -> list[Row]:
     first = family.sizes(choose, scale, option, dtype)
     program = {size: first[size] for size in family.programs if size in first}
     lengths = [first, *(family.sizes(choose, scale, option, dtype) for _ in range(rows - 1))]
-    return [Row(name, option, dtype, {**sizes, **program}, choose.randrange(2**20)) for sizes in lengths]
+    return [
+        Row(name, option, dtype, _summable({**sizes, **program}, dtype), choose.randrange(2**20))
+        for sizes in lengths
+    ]
+
+
+def _summable(sizes: Sizes, dtype: torch.dtype) -> Sizes:
+    """Lengths that were drawn with other widths, within what a float16 reference can sum up."""
+    if dtype != torch.float16 or "key" not in sizes:
+        return sizes
+    most = _float16_tokens(sizes["key"])
+    return {name: min(size, most) if name in ("tokens", "before") else size for name, size in sizes.items()}
 
 
 def draws(row: Row, device: str, count: int) -> Iterator[Inputs]:

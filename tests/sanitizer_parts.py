@@ -34,6 +34,8 @@ DTYPES_OF = {
     "_infini_attention_backward_slopes_kernel": (torch.float32,),
     "_gemv_together_kernel": (torch.bfloat16, torch.float16),
 }
+# More barriers in shared memory than the tool has room for by itself.
+_OPTIONS = {"synccheck": ("--num-cuda-barriers", "65536")}
 # The exit status with which a tool says that it found something.
 FOUND = 66
 _WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
@@ -187,7 +189,8 @@ def run_rows(options: Options) -> bool:
 
 def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list[str]:
     """How a part is run under a tool."""
-    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *others]
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
+    sanitizer += [*_OPTIONS.get(tool, ()), *others]
     row = [sys.executable, "-m", "benchmarks.reliability", "sanitize-rows", "--device", "cuda"]
     return [*sanitizer, *row, "--part", part, "--out", str(folder)]
 
@@ -256,7 +259,9 @@ def sanitize(options: Options) -> bool:
         status = f"exit status {done.returncode}"
         real, dispatched = hazards(said) if tool == "racecheck" else (said, 0)
         held = done.returncode == 0 or (done.returncode == FOUND and dispatched > 0 and not real)
-        failures = [] if held else [status, *real[:40], done.stderr[-500:]]
+        # A crash ends with many lines of the interpreter's own calls.
+        ended = [line for line in done.stderr.splitlines() if not line.startswith("frame #")]
+        failures = [] if held else [status, *real[:40], *ended[-10:]]
         return {"rows": len(_mine(part)), "kernels": found, "said": said[-1:], "dispatched": dispatched,
                 "failures": failures}  # fmt: skip
 

@@ -161,6 +161,28 @@ def test_only_what_must_change_changes(fused_device: str) -> None:
         assert torch.equal(state.norm[row], before.norm[row]) is not folded
 
 
+def test_the_second_kernel_reads_nothing_unwritten(
+    fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paused rows leave zeros, where otherwise there is what the memory held before: NaN in a test."""
+    from newllm.kernels import infini_decode
+
+    combine, read = infini_decode._infini_decode_combine_kernel, list[Tensor]()
+    run = type(combine).run
+
+    def spied(kernel: object, *args: Tensor, **options: object) -> object:
+        read.extend(args[:3] if kernel is combine else [])
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(type(combine), "run", spied)
+    for active in ([True, False], [False, False]):
+        inputs = CASE.inputs("linear", torch.float32, device=fused_device, **SPLIT)
+        CASE.call({**inputs, "active": torch.tensor(active, device=fused_device)}, FUSED)
+        assert len(read) == 3
+        assert all(x.isfinite().all() for x in read)
+        read.clear()
+
+
 def test_positions_may_exceed_32_bits(fused_device: str) -> None:
     inputs = CASE.inputs("linear", torch.float32, device=fused_device, **{**SMALL, "tokens": 13})
     later = inputs["state"]._replace(position=inputs["state"].position + 20 * 2**28)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from functools import partial
@@ -176,6 +177,25 @@ def test_a_worker_that_raises_is_a_failure(tmp_path: Path) -> None:
 
 def _raises(task: str) -> list[Verdict]:
     raise ZeroDivisionError("division by zero")
+
+
+def test_a_worker_that_raised_judges_nothing_more() -> None:
+    """A fault of a kernel costs a process its device, and a process may be gone altogether."""
+    with judges("cpu", 1) as judged:
+        told = [verdict for found in judged(_process, ["a", "raises", "b", "dies", "c"]) for verdict in found]
+    first, raised, second, died, third = told
+    assert (raised.failure, died.family) == ("ZeroDivisionError: division by zero", "broken")
+    assert died.failure is not None
+    assert "BrokenProcessPool" in died.failure
+    assert len({first.row, second.row, third.row}) == 3
+
+
+def _process(task: str) -> list[Verdict]:
+    if task == "raises":
+        return _raises(task)
+    if task == "dies":
+        os._exit(1)
+    return [Verdict(f"process {os.getpid()}", task, 0.0, 1)]
 
 
 def test_part_names_are_checked() -> None:
