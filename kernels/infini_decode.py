@@ -195,17 +195,14 @@ def _rest(
     BG: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Zeros of a paused row, which the second kernel reads before it knows."""
-    head = tl.arange(0, BG)
-    real = head < G
+    head, column, block = tl.arange(0, BG)[:, None], tl.arange(0, BV)[None, :], tl.arange(0, BM)[None, :]
     if part < SPLITS:
-        row, column = head * SPLITS + part, tl.arange(0, BV)
-        tl.store(lse + row, tl.zeros([BG], lse.dtype.element_ty), mask=real)
-        place, mask = partial + row[:, None] * V + column[None, :], real[:, None] & (column < V)[None, :]
-        tl.store(place, tl.zeros([BG, BV], tl.float32), mask=mask)
+        row = head * SPLITS + part
+        tl.store(lse + row, tl.zeros([BG, 1], lse.dtype.element_ty), mask=head < G)
+        tl.store(partial + row * V + column, tl.zeros([BG, BV], tl.float32), mask=(head < G) & (column < V))
     elif recalled is not None:
-        column = (part - SPLITS) * BM + tl.arange(0, BM)
-        place, mask = recalled + head[:, None] * V + column[None, :], real[:, None] & (column < V)[None, :]
-        tl.store(place, tl.zeros([BG, BM], tl.float32), mask=mask)
+        block += (part - SPLITS) * BM
+        tl.store(recalled + head * V + block, tl.zeros([BG, BM], tl.float32), mask=(head < G) & (block < V))
 
 
 @triton.jit
