@@ -75,6 +75,9 @@ def _infini_attention_backward_keys_kernel(
         if (start + P < first + BS - 1) | (start + BT + P - first > W):
             distance = ((row + P)[None, :] - slot[:, None]).to(tl.uint32, bitcast=True)
             weights = tl.where(distance < W, weights, 0.0)
+            if PRECISE:
+                # A lone key's weight is one, in whichever order its score was summed up here.
+                weights = tl.where((W == 1) & (weights > 0.5), 1.0, weights)
         if LOCAL:
             weights = tl.where(row[None, :] < border[:, None], weights, 0.0)
         slopes = dot(values, gradient.T, None, PRECISION)

@@ -127,6 +127,20 @@ def test_slopes_of_few_keys_cancel(factor: float, window: int, fused_device: str
     case.judge(inputs, F32, function=partial(case.public, backend="fused"))
 
 
+@pytest.mark.parametrize("changes", ["", "no-rope"])
+def test_a_lone_key_weighs_one(changes: str, fused_device: str) -> None:
+    """To the bit, though its score is summed up in another order for its gradient than for the output."""
+    case = window(changes)
+    sizes = {"heads": 16, "kv_heads": 8, "tokens": 40, "segment": 1, "window": 1}
+    inputs = case.inputs("changed", F32, device=fused_device, **sizes)
+    values = inputs["v"].requires_grad_()
+    out = case.call(inputs, partial(case.public, backend="fused"))
+    gradient = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, values, gradient)
+    assert torch.equal(out, values.repeat_interleave(2, 1))
+    assert torch.equal(found, gradient[:, ::2] + gradient[:, 1::2])
+
+
 # What a call may not depend on
 
 
