@@ -64,6 +64,12 @@ struct GridShare {
     __device__ bool has(int column) const { return unsigned(column - first) < unsigned(count); }
 };
 
+// sum / count, rounded once, given 1 / count: as a factor that would add the same error at every token.
+__device__ __forceinline__ float quotient(float sum, float count, float part) {
+    const float near = sum * part;
+    return fmaf(fmaf(-near, count, sum), part, near);
+}
+
 template <class Sweep, int kRows>
 struct GridMember {
     static constexpr int kMostRows = kRows;
@@ -209,9 +215,10 @@ struct GridMember {
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             if (!exists(row)) continue;
+            const float first = quotient(sums[2 * row], width, part);
+            const float second = quotient(sums[2 * row + 1], width, part);
             each(width, [&](int k) {
-                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), sums[2 * row] * part,
-                                                   sums[2 * row + 1] * part, rstd[row]));
+                result(row, k, layer_norm_gradient(input(row)[k], normed(row, k), first, second, rstd[row]));
             });
         }
     }
@@ -314,8 +321,9 @@ struct GridMember {
             within[w % 2] += one.z;
         }
         const float shift = away[0] + away[1];
-        const float variance = fmaf(within[0] + within[1], part, fmaf(-shift, shift, between[0] + between[1]));
-        const float deviation = rsqrtf(variance + kLayerNormEps);
+        const float inside = quotient(within[0] + within[1], width, part);
+        const float variance = inside + fmaf(-shift, shift, between[0] + between[1]);
+        const float deviation = __frsqrt_rn(variance + kLayerNormEps);
 #pragma unroll
         for (int row = 0; row < kRows; row++) {
             mean[row] = kRows == 1 ? first + shift : __shfl_sync(~0u, first + shift, row);
