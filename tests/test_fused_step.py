@@ -19,6 +19,7 @@ from newllm.models.session import Session
 from newllm.models.streams import Streams
 from newllm.testing import DRAWS, largest, leaves
 from newllm.testing.rule import errors_of, share_of
+from tests.row_families import SECOND_LOOK
 from tests.tiny_models import random_tokens, tiny_senri
 
 STEPS = 3
@@ -54,18 +55,32 @@ def stepped(model: SenriForCausalLM, rows: int = 2, seed: int = 0) -> dict[str, 
     return {"logits": torch.stack(logits, 1), **dict(leaves({"states": streams.states}))}
 
 
-def judge(model: SenriForCausalLM, rows: int = 2) -> None:
-    """Hold the model's steps to the error rule, a few draws of its tokens as one."""
-    errors: dict[str, list[tuple[float, float, float]]] = {}
+def judge(model: SenriForCausalLM, rows: int = 2) -> int:
+    """Hold the model's steps to the error rule, and how many draws it took.
+
+    A few draws of its tokens are judged as one; twelve where those do not hold.
+    """
     exact = copy.deepcopy(model).double()
-    for seed in range(DRAWS[torch.float32]):
+    draws: dict[str, list[tuple[float, float, float]]] = {}
+    for seed in range(SECOND_LOOK):
+        if seed == DRAWS[torch.float32] and all(map(holds, draws.values())):
+            break
         found = stepped(model, rows, seed)
         with backends.use_backend("reference"):
             baseline, oracle = stepped(model, rows, seed), stepped(exact, rows, seed)
         for name, result in found.items():
-            errors.setdefault(name, []).append(errors_of(result, oracle[name], baseline[name], name))
-    for name, all_draws in errors.items():
-        share_of(all_draws, name)
+            draws.setdefault(name, []).append(errors_of(result, oracle[name], baseline[name], name))
+    for name, errors in draws.items():
+        share_of(errors, name)
+    return len(draws["logits"])
+
+
+def holds(draws: list[tuple[float, float, float]]) -> bool:
+    try:
+        share_of(draws, "")
+    except AssertionError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -87,8 +102,8 @@ def test_a_step_obeys_the_error_rule(
     for name, parameter in model.named_parameters():
         if "memory" in name:
             parameter.data = parameter.data.float()
-    judge(model, rows)
-    assert taken == [*model.model.layers] * STEPS * DRAWS[torch.float32]
+    draws = judge(model, rows)
+    assert taken == [*model.model.layers] * STEPS * draws
 
 
 def _hook(model: SenriForCausalLM) -> None:
