@@ -15,11 +15,14 @@ import yaml
 
 from newllm.cli import main
 from newllm.cli.presets import preset_path
+from newllm.data.documents import documents
 from newllm.data.passkey import byte_passkey, training_batch
 from newllm.data.recall.drafts import language
-from newllm.data.recall.stories import story_drafting
-from newllm.data.tokenizer import QUESTION_TOKEN, byte_tokenizer
+from newllm.data.recall.stories import PLACES, story_drafting
+from newllm.data.sources import Corpus
+from newllm.data.tokenizer import QUESTION_TOKEN, byte_tokenizer, encode
 from newllm.evaluation.intervals import wilson95
+from newllm.training.assemble import chosen_tokenizer
 from newllm.training.batches import NeedleBatches
 from newllm.training.config import ModelConfig, TaskConfig, TrainConfig
 from newllm.training.groups import freeze_features
@@ -189,6 +192,20 @@ def test_presets_of_suites_can_be_written_from_their_shortest_length_on(name: st
     config, segment = TaskConfig(**preset["task"]), preset["model"]["segment"]
     batches = SuiteBatches(language(byte_tokenizer(), PROSE), config, segment=segment, steps=4, seed=0)
     assert batches.batch(0)["input_ids"].shape == (config.max_rows, min(config.lengths))
+
+
+def test_a_vocabulary_learns_what_suites_hide() -> None:
+    text = documents("text", ["prose"], [PROSE])
+    corpus = Corpus("text", "text", None, text, text)
+
+    def lengths(*suites: str) -> set[int]:
+        tokenizer = chosen_tokenizer("bpe:500", corpus, suites)
+        return {len(encode(tokenizer, f" {word}")) for word in PLACES}
+
+    assert lengths("qa1") == lengths("passkey", "qa1") == {1}
+    assert min(lengths()) > 1 and lengths("passkey") == lengths()
+    with pytest.raises(ValueError, match="suites must be of"):
+        lengths("cwe")
 
 
 def test_short_lengths_ask_what_is_short() -> None:

@@ -30,7 +30,7 @@ class CommonOptions:
         data: what to train on: a name (see newllm data sources), a file or a folder, or several joined by +.
         offline: auto lets a stand-in take the place of a dataset out of reach, and says so; error does not.
         tokenizer: of a new model: bytes, bpe:SIZE, words:SIZE, a folder or a hub id (null: the base's, or
-            bytes).
+            bytes). One with a size learns from the data, and with stream.kind needles from what is hidden.
         profile: the machine's, which sets what is null (auto: by the accelerator's memory).
         out: folder of the run.
         resume: go on from the newest intact checkpoint in the folder, from the start where there is none.
@@ -118,9 +118,9 @@ def run_senri(options: SenriOptions) -> int:
 
         seed = options.train.seed
         if options.base is None:
-            model, tokenizer = scratch_model(
-                options.model, seed=seed, tokenizer=chosen_tokenizer(options.tokenizer, corpus)
-            )
+            suites = options.task.suites if options.stream.kind == "needles" else []
+            tokenizer = chosen_tokenizer(options.tokenizer, corpus, suites)
+            model, tokenizer = scratch_model(options.model, seed=seed, tokenizer=tokenizer)
         else:
             model, tokenizer = senri_base(source_path(options.base), options.convert, seed=seed)
         for module in model.modules():

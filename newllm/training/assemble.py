@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from newllm.data.documents import documents
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
 from newllm.data.recall.drafts import language
+from newllm.data.recall.suites import examples
 from newllm.data.sources import Corpus, coverage, open_source
 from newllm.data.streams import Needles, OrderedStreams, PackedBlocks
 from newllm.data.token_cache import Tokens, cached_tokens
@@ -63,9 +66,16 @@ def plain_base(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return load_model(path, dtype="float32"), load_base_tokenizer(path)
 
 
-def chosen_tokenizer(name: str | None, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of a new model; bytes where none is named."""
-    return open_tokenizer(name or "bytes", corpus.train)
+def chosen_tokenizer(name: str | None, corpus: Corpus, suites: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer of a new model; bytes where none is named.
+
+    One that is trained learns from the corpus and from what ``suites`` hide in it, but for passkeys: digits.
+    """
+    text = corpus.train
+    if hidden := examples([suite for suite in suites if suite != "passkey"]):
+        names = [f"example {number}" for number in range(len(hidden))]
+        text = documents(text.name, [*text.titles, *names], [*text.texts, *hidden])
+    return open_tokenizer(name or "bytes", text)
 
 
 def passkey_task(tokenizer: PreTrainedTokenizerBase, text: str, key_length: int) -> PasskeyTask:

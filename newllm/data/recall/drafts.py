@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,8 @@ from newllm.data.tokenizer import byte_ids, encode, is_byte_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Pieces of prompts whose token ids are kept: facts of stories are some hundred.
+_KEPT = 4096
 _SENTENCE_END = re.compile(r"[.!?\n]\s*$")
 
 
@@ -83,9 +85,10 @@ def language(tokenizer: PreTrainedTokenizerBase, text: str) -> Language:
 
     Raises ``ValueError`` for an empty text.
     """
-    # Asking each time whether a tokenizer is one of bytes would take longer than to encode by it.
+    # Asking each time whether a tokenizer is one of bytes would take longer than to encode by it; others take
+    # longer than all else that a prompt needs, and stories repeat their facts.
     bytewise = is_byte_tokenizer(tokenizer)
-    to_ids = byte_ids if bytewise else partial(encode, tokenizer)
+    to_ids = byte_ids if bytewise else lru_cache(_KEPT)(partial(encode, tokenizer))
     filler = to_ids(re.sub(r"\d", "#", text))
     if len(filler) == 0:
         raise ValueError("text is empty, expected some words to hide things in")

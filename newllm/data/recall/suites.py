@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import TYPE_CHECKING
 
 from newllm.data.passkey import PasskeyTask, byte_passkey, text_passkey
@@ -80,6 +81,19 @@ def drafting(name: str) -> tuple[Drafting, Solving]:
     if name not in (*STORIES, "vt"):
         raise ValueError(f"suites must be of {', '.join((*SETTINGS, 'vt', *STORIES))}, got {name!r}")
     return tracking_drafting() if name == "vt" else story_drafting(name)
+
+
+def examples(names: Sequence[str], count: int = 1000) -> list[str]:
+    """``count`` answered prompts of each suite, without filler: what a vocabulary should know, too.
+
+    Raises ``ValueError`` as :func:`drafting` does.
+    """
+    random = Random(0)
+    drafts = [drafting(name)[0](None, random) for name in names for _ in range(count)]
+    return [
+        f"{draft.head}{''.join(draft.needles)}{draft.question} {draft.glue.join(draft.answer)}"
+        for draft in drafts
+    ]
 
 
 def _passkey(tokenizer: PreTrainedTokenizerBase, text: str, key_length: int) -> PasskeyTask:
