@@ -58,8 +58,8 @@ def test_every_tool_sees_every_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sanitize(options)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(TOOLS) * PARTS
-    assert lines[0].startswith("compute-sanitizer --tool memcheck --error-exitcode 66 --print-limit 5 ")
-    assert lines[0].endswith("sanitize-rows --device cuda --part 1/10 --out FOLDER")
+    assert lines[0].startswith("compute-sanitizer --tool racecheck --error-exitcode 66 --print-limit 5 ")
+    assert lines[0].endswith(f"sanitize-rows --device cuda --part 1/{PARTS} --out FOLDER")
 
 
 def _hazard(kernel: str, file: str, *lines: int) -> list[str]:
