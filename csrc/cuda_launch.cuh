@@ -53,10 +53,26 @@ cudaError_t allow(Kernel kernel, size_t shared) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
 }
 
+// The shared memory that a block of a kernel may ask for on the current device.
+template <class Kernel>
+cudaError_t most_shared(Kernel kernel, size_t& most) {
+    int device = 0, whole = 0;
+    cudaFuncAttributes own{};
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&own, kernel);
+    if (status == cudaSuccess) most = static_cast<size_t>(whole) - own.sharedSizeBytes;
+    return status;
+}
+
 // Null, or why the current device cannot run such clusters; at_once: how many it can at a time.
 template <class Kernel>
 const char* count_clusters(Kernel kernel, int cluster_blocks, int threads, size_t shared, int& at_once) {
-    cudaError_t status = allow(kernel, shared);
+    size_t most = 0;
+    cudaError_t status = most_shared(kernel, most);
+    if (status == cudaSuccess && shared > most) return "a block wants more shared memory than the device has";
+    if (status == cudaSuccess) status = allow(kernel, shared);
     if (status == cudaSuccess) {
         const ClusterLaunch launch(1, cluster_blocks, threads, shared, nullptr);
         status = cudaOccupancyMaxActiveClusters(&at_once, kernel, &launch.config);

@@ -51,7 +51,7 @@ def _infini_attention_backward_slopes_kernel(
     shift = tl.load(delta + head * T + row, mask=real, other=0.0)
     low, full, stop = visible_slots(first, end, count, floor, P, W, BT)
     FACTOR: tl.constexpr = K**-0.5 * LOG2E
-    residue = tl.zeros((BT,), tl.float32)
+    residue = tl.zeros((BT,), tl.float64)
     for start in tl.range(low // BS * BS, stop, BS):
         # [BS, BK]
         keys = load_rows(k, k_strides, b, hkv, start, T + P, key_element, K, BS, BK, K_TMA)
@@ -61,7 +61,8 @@ def _infini_attention_backward_slopes_kernel(
             queries, gradient, keys, values, level, shift, row, first, start, full, floor, P, W,
             BS, FACTOR, True, PRECISION,
         )  # fmt: skip
-        residue += tl.sum(slopes, 1)
+        # Sums of float32 products would be fused with the first exchange between threads, which then differ.
+        residue += tl.sum(slopes.to(tl.float64), 1)
     tl.store(exact + head * T + row, tl.where(real, shift + residue, 0.0), mask=row < end)
     if gate is not None:
         tl.store(sums + program, (1 - tl.load(gate + h)) * tl.sum(tl.where(real, residue, 0.0)))

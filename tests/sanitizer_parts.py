@@ -200,18 +200,27 @@ def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list
 # The call that sends warps out, and an access to shared memory as racecheck reports it: kernel, file, line.
 _SENT = "gl.warp_specialize("
 _ACCESS = re.compile(r"access at (\w+)\+0x\w+ in (\w+\.py):(\d+)")
+# How racecheck begins to tell of an access by one of torch's own kernels.
+_TORCHS = "access at void at::native::"
 
 
-def hazards(said: list[str]) -> tuple[list[str], int]:
-    """What racecheck said of hazards, and how many more are of the compiler's dispatch of warps alone.
+def hazards(said: list[str]) -> tuple[list[str], int, int]:
+    """What racecheck said of hazards, how many more are the compiler's dispatch of warps, how many torch's.
 
     In a warp-specialised kernel the first warps write what the others have to do, all meet at a barrier of
     those that racecheck does not follow (``barrier.sync``), the others read it, all meet again. Both are
     in lines that no access of the source is in: the kernel's first, and the call that sends the warps out.
     """
     reports = "\n".join(said).split("========= Error: ")[1:]
-    real = [each for each in reports if not _is_dispatch(each)]
-    return [line for each in real for line in each.splitlines()], len(reports) - len(real)
+    ours = [each for each in reports if not _is_torchs(each)]
+    real = [each for each in ours if not _is_dispatch(each)]
+    lines = [line for each in real for line in each.splitlines()]
+    return lines, len(ours) - len(real), len(reports) - len(ours)
+
+
+def _is_torchs(report: str) -> bool:
+    """Whether each access that a report tells of is in a kernel of torch's own."""
+    return report.count(_TORCHS) == report.count("access at ") > 0
 
 
 def _is_dispatch(report: str) -> bool:
@@ -259,13 +268,13 @@ def sanitize(options: Options) -> bool:
             found = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
         status = f"exit status {done.returncode}"
-        real, dispatched = hazards(said) if tool == "racecheck" else (said, 0)
-        held = done.returncode == 0 or (done.returncode == FOUND and dispatched > 0 and not real)
+        real, dispatched, torchs = hazards(said) if tool == "racecheck" else (said, 0, 0)
+        held = done.returncode == 0 or (done.returncode == FOUND and dispatched + torchs > 0 and not real)
         # A crash ends with many lines of the interpreter's own calls.
         ended = [line for line in done.stderr.splitlines() if not line.startswith("frame #")]
         failures = [] if held else [status, *real[:40], *ended[-10:]]
         return {"rows": len(_mine(part)), "kernels": found, "said": said[-1:], "dispatched": dispatched,
-                "failures": failures}  # fmt: skip
+                "torch_hazards": torchs, "failures": failures}  # fmt: skip
 
     held = in_parts("sanitizer", [f"{tool} {part}" for tool, part in parts], run, options, options.jobs)
     done = RowFile(options.out / "sanitizer.jsonl").rows

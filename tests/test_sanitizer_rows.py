@@ -74,14 +74,25 @@ def test_hazards_of_the_compilers_dispatch_are_told_apart() -> None:
     start, sent = lines.index(f"def {kernel}(") + 1, lines.index("gl.warp_specialize(") + 1
     dispatch, own = _hazard(kernel, file, start, sent), _hazard(kernel, file, start, sent + 3)
     portable = _hazard("_rotate_kernel", "rotate.py", 33, 33)
-    assert hazards([*dispatch, *dispatch]) == ([], 2)
-    real, dispatched = hazards([*own, *dispatch, *portable])
+    assert hazards([*dispatch, *dispatch]) == ([], 2, 0)
+    real, dispatched, _ = hazards([*own, *dispatch, *portable])
     assert dispatched == 1 and len(real) == len(own) + len(portable)
     assert f":{sent + 3}" in real[1] and "rotate.py:33" in real[3]
     # An access that is not understood is nobody's dispatch, alone or beside one that is.
     unknown = "========= Error: Race reported between Write access at sweep_grid_kernel+0x3a0"
     assert hazards([unknown])[1] == 0
     assert hazards([*dispatch, unknown.removeprefix("========= Error: ")])[1] == 0
+
+
+def test_hazards_of_torchs_own_kernels_are_told_apart() -> None:
+    place = "access at void at::native::reduce_kernel<(int)512, (int)1>(T3)+0xe960"
+    torchs = [f"========= Error: Race reported between Read {place}", f"=========     and Write {place}"]
+    assert hazards([*torchs, *torchs]) == ([], 0, 2)
+    beside = _hazard("_rotate_kernel", "rotate.py", 33)
+    real, dispatched, found = hazards([*torchs, *beside])
+    assert "rotate.py:33" in real[0] and (dispatched, found) == (0, 1)
+    both = [*torchs, "=========     and Write access at _rotate_kernel+0x3a0 in rotate.py:33"]
+    assert len(hazards(both)[0]) == len(both)
 
 
 def test_without_a_gpu_the_tools_are_not_run(tmp_path: Path) -> None:
