@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ DTYPES_OF = {
 }
 # More barriers in shared memory than the tool has room for by itself.
 _OPTIONS = {"synccheck": ("--num-cuda-barriers", "65536")}
+# That room is gigabytes a process: more of them at once do not fit into a GPU.
+_AT_ONCE = {"synccheck": BoundedSemaphore(4)}
 # The exit status with which a tool says that it found something.
 FOUND = 66
 _WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
@@ -257,7 +261,7 @@ def sanitize(options: Options) -> bool:
 
     def run(name: str) -> dict[str, object]:
         tool, part = name.split()
-        with tempfile.TemporaryDirectory() as folder:
+        with _AT_ONCE.get(tool, nullcontext()), tempfile.TemporaryDirectory() as folder:
             # Each tensor in memory of its own, or a neighbour would hide what lies outside.
             environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             done = subprocess.run(
