@@ -20,7 +20,6 @@ from itertools import cycle
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -186,21 +185,33 @@ def _title(dtype: torch.dtype) -> str:
 def run_rows(options: Options) -> bool:
     """The rows of one part, in this process; names what it launched in ``out``/kernels.json."""
     mine = _mine(options.part or "1/1")
-    with patch.object(torch, "mm", partial(_into_zeros, torch.mm)), Launched() as launched:
+    written = _products_into_zeros(options.device.upper())
+    with Launched() as launched:
         for row in mine:
             print(row, flush=True)
             launched.run(row, options.device)
+    del written
     (options.out / "kernels.json").write_text(json.dumps(sorted(launched.found)), encoding="utf-8")
     return True
 
 
-def _into_zeros(product: Any, x: Tensor, matrix: Tensor, **options: Any) -> Tensor:
-    """``torch.mm`` into memory that was written: initcheck does not see all that cuBLAS stores.
+def _products_into_zeros(key: str) -> torch.library.Library:
+    """While it lives, torch's products on a device are into memory that was written.
 
-    Under it ``torch.mm`` of two bfloat16 matrices is by itself reported as not written, all of it.
+    initcheck does not see all that cuBLAS stores: under it ``torch.mm`` of two bfloat16 matrices is by itself
+    reported as not written, all of it.
     """
-    zeros = torch.zeros(len(x), matrix.shape[1], dtype=options.get("out_dtype", x.dtype), device=x.device)
-    return product(x, matrix, **options, out=zeros)
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("mm", "bmm"):
+        into = getattr(torch.ops.aten, name)
+        library.impl(name, partial(_into_zeros, into.out), key)
+        library.impl(f"{name}.dtype", partial(_into_zeros, into.dtype_out), key)
+    return library
+
+
+def _into_zeros(product: Any, x: Tensor, matrix: Tensor, *dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(*x.shape[:-1], matrix.shape[-1], dtype=(*dtype, x.dtype)[0], device=x.device)
+    return product(x, matrix, *dtype, out=zeros)
 
 
 def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list[str]:
