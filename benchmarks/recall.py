@@ -10,6 +10,7 @@ peer of equal state. A GPU machine needs nothing but torch, transformers and thi
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -88,8 +89,16 @@ def preset(name: str, command: str, dotted: list[str]) -> dict[str, Any]:
         place = values
         for group in groups:
             place = place.setdefault(group, {})
-        place[last] = yaml.safe_load(text)
+        place[last] = _value(text)
     return values
+
+
+def _value(text: str) -> Any:
+    """What a word means; to YAML 1.1 alone, 1e-3 would be a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
 
 
 def train(name: str, args: argparse.Namespace, changes: list[str]) -> float | None:

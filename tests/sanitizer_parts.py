@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -38,10 +37,8 @@ DTYPES_OF = {
     "_infini_attention_backward_slopes_kernel": (torch.float32,),
     "_gemv_together_kernel": (torch.bfloat16, torch.float16),
 }
-# Some rows have more barriers in shared memory than the tool has room for by itself. What it asks for more is
-# gigabytes: a part that failed is run again with it, one at a time.
-_ROOMIER = {"synccheck": ("--num-cuda-barriers", "65536")}
-_ALONE = Lock()
+# Some rows have more barriers in shared memory than the tool has room for by itself; 65,536 take gigabytes.
+_TOLD = {"synccheck": ("--num-cuda-barriers", "4096")}
 # The exit status with which a tool says that it found something.
 FOUND = 66
 _WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
@@ -216,9 +213,9 @@ def _into_zeros(product: Any, x: Tensor, matrix: Tensor, *dtype: torch.dtype) ->
 
 def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list[str]:
     """How a part is run under a tool."""
-    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *others]
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
     row = [sys.executable, "-m", "benchmarks.reliability", "sanitize-rows", "--device", "cuda"]
-    return [*sanitizer, *row, "--part", part, "--out", str(folder)]
+    return [*sanitizer, *_TOLD.get(tool, ()), *others, *row, "--part", part, "--out", str(folder)]
 
 
 # The call that sends warps out, and an access to shared memory as racecheck reports it: kernel, file, line.
@@ -281,13 +278,6 @@ def sanitize(options: Options) -> bool:
 
     def run(name: str) -> dict[str, Any]:
         tool, part = name.split()
-        found = under(tool, part, others)
-        if found["failures"] and tool in _ROOMIER:
-            with _ALONE:
-                found = under(tool, part, (*_ROOMIER[tool], *others))
-        return found
-
-    def under(tool: str, part: str, others: tuple[str, ...]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             # Each tensor in memory of its own, or a neighbour would hide what lies outside.
             environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
