@@ -57,7 +57,7 @@ def test_versions_are_what_the_environment_says() -> None:
     ("found", "outside"),
     [
         ({}, []),
-        ({"transformers": "5.16.2"}, ["transformers 5.16.2 (supported: >=5.17,<6)"]),
+        ({"transformers": "5.16.2"}, ["transformers 5.16.2 (supported: >=5.17,<5.24)"]),
         ({"transformers": "6.0", "torch": "2.14.0+cpu"}, None),
         ({"torch": "2.13.0+cu130"}, []),
     ],
