@@ -38,7 +38,7 @@ DTYPES_OF = {
     "_gemv_together_kernel": (torch.bfloat16, torch.float16),
 }
 # Some rows have more barriers in shared memory than the tool has room for by itself; 65,536 take gigabytes.
-_TOLD = {"synccheck": ("--num-cuda-barriers", "4096")}
+_OPTIONS = {"synccheck": ("--num-cuda-barriers", "4096")}
 # The exit status with which a tool says that it found something.
 FOUND = 66
 _WIDTHS = ((64, 64), (16, 24), (80, 96), (128, 40), (256, 256))
@@ -214,8 +214,9 @@ def _into_zeros(product: Any, x: Tensor, matrix: Tensor, *dtype: torch.dtype) ->
 def command(tool: str, part: str, folder: Path, others: tuple[str, ...]) -> list[str]:
     """How a part is run under a tool."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
+    sanitizer += [*_OPTIONS.get(tool, ()), *others]
     row = [sys.executable, "-m", "benchmarks.reliability", "sanitize-rows", "--device", "cuda"]
-    return [*sanitizer, *_TOLD.get(tool, ()), *others, *row, "--part", part, "--out", str(folder)]
+    return [*sanitizer, *row, "--part", part, "--out", str(folder)]
 
 
 # The call that sends warps out, and an access to shared memory as racecheck reports it: kernel, file, line.
@@ -276,7 +277,7 @@ def sanitize(options: Options) -> bool:
     if broken:
         raise RuntimeError(f"rows fail without any tool: {broken}")
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str) -> dict[str, object]:
         tool, part = name.split()
         with tempfile.TemporaryDirectory() as folder:
             # Each tensor in memory of its own, or a neighbour would hide what lies outside.
